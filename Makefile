@@ -1,0 +1,175 @@
+# Lifeboat. `make help` lists the targets; V=1 shows the commands.
+MAKEFLAGS += --no-builtin-rules
+B        := build
+comma    := ,
+PREFIX   ?= /usr/local
+CC       ?= cc
+ifeq ($(origin CC),default)
+CC       := cc
+endif
+CFLAGS   ?= -O2 -g
+WARN     := -Wall -Wextra -Wshadow -Wvla -Wmissing-prototypes -Wformat=2 $(if $(WERROR),-Werror)
+PKGS     := libevent libevent_pthreads libzstd libsodium libprotobuf-c jansson libxxhash libcrypto
+PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
+PKG_LIBS   = $(shell pkg-config --libs $(PKGS))
+# SAN=address,undefined or SAN=thread gives a sanitizer build in its own folder
+ifneq ($(SAN),)
+O        := $(B)/san-$(subst $(comma),-,$(SAN))
+SANFLAGS := -fsanitize=$(SAN) -fno-omit-frame-pointer
+else
+O        := $(B)
+endif
+ALL_CFLAGS = -std=c11 -D_GNU_SOURCE -I. -I$(B)/gen $(WARN) $(CFLAGS) $(SANFLAGS) $(PKG_CFLAGS) -pthread -MMD -MP
+ALL_LIBS   = $(SANFLAGS) $(PKG_LIBS) -pthread -lm
+Q        := $(if $(V),,@)
+say       = $(if $(V),,@echo "  $(1)	$(2)")
+
+PROTOS   := $(wildcard netproto/*.proto)
+GEN_C    := $(PROTOS:%.proto=$(B)/gen/%.pb-c.c)
+GEN_H    := $(PROTOS:%.proto=$(B)/gen/%.pb-c.h)
+LIB_SRC  := $(wildcard core/*.c core/qemu/*.c core/fake/*.c netproto/*.c checkpoint/*.c migrate/*.c remus/*.c)
+LIB_OBJ  := $(LIB_SRC:%.c=$(O)/obj/%.o) $(GEN_C:$(B)/gen/%.c=$(O)/obj/gen/%.o)
+CLI_SRC  := $(wildcard cmd/cli/*.c)
+DMN_SRC  := $(wildcard cmd/daemon/*.c)
+CMN_SRC  := $(wildcard cmd/common/*.c)
+CLI_OBJ  := $(CLI_SRC:%.c=$(O)/obj/%.o) $(CMN_SRC:%.c=$(O)/obj/%.o)
+DMN_OBJ  := $(DMN_SRC:%.c=$(O)/obj/%.o) $(CMN_SRC:%.c=$(O)/obj/%.o)
+UNIT_SRC := $(wildcard tests/unit/test_*.c)
+UNIT_BIN := $(UNIT_SRC:tests/unit/%.c=$(O)/tests/unit/%)
+INTG_SRC := $(wildcard tests/integration/test_*.c)
+INTG_BIN := $(INTG_SRC:tests/integration/%.c=$(O)/tests/integration/%)
+TOOL_SRC := $(wildcard tests/tools/*.c)
+TOOL_BIN := $(TOOL_SRC:tests/tools/%.c=$(O)/tests/tools/%)
+
+all: $(O)/lifeboat $(O)/lifeboatd
+
+# On a machine without the packages this is what fails first, and says what is missing (the protocols come before all code).
+$(B)/.deps-%: tests/lib/deps.sh
+	$(Q)tests/lib/deps.sh --say $* && mkdir -p $(@D) && touch $@
+$(O)/lifeboat: $(CLI_OBJ) $(O)/liblifeboat.a
+	$(call say,LD,$@)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+$(O)/lifeboatd: $(DMN_OBJ) $(O)/liblifeboat.a
+	$(call say,LD,$@)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+$(O)/liblifeboat.a: $(LIB_OBJ)
+	$(call say,AR,$@)
+	$(Q)rm -f $@ && ar rcs $@ $^
+$(O)/obj/%.o: %.c $(GEN_H) Makefile
+	$(call say,CC,$<)
+	$(Q)mkdir -p $(@D) && $(CC) $(ALL_CFLAGS) -c -o $@ $<
+$(O)/obj/gen/%.o: $(B)/gen/%.c
+	$(call say,CC,$<)
+	$(Q)mkdir -p $(@D) && $(CC) $(ALL_CFLAGS) -w -c -o $@ $<
+$(B)/gen/%.pb-c.c $(B)/gen/%.pb-c.h: %.proto | $(B)/.deps-build
+	$(call say,PROTOC,$<)
+	$(Q)mkdir -p $(@D) && protoc-c --proto_path=. --c_out=$(B)/gen $< 2>$@.log || { cat $@.log >&2; false; } # Debian 13's warns
+$(O)/tests/unit/%: tests/unit/%.c $(O)/liblifeboat.a | $(B)/.deps-unit
+	$(call say,LD,$@)
+	$(Q)mkdir -p $(@D) && $(CC) $(ALL_CFLAGS) -MF $@.d -o $@ $< $(O)/liblifeboat.a -lcmocka $(ALL_LIBS)
+$(O)/tests/integration/%: tests/integration/%.c $(O)/liblifeboat.a | $(B)/.deps-unit
+	$(call say,LD,$@)
+	$(Q)mkdir -p $(@D) && $(CC) $(ALL_CFLAGS) -MF $@.d -o $@ $< $(O)/liblifeboat.a -lcmocka $(ALL_LIBS)
+$(O)/tests/tools/%: tests/tools/%.c | $(B)/.deps-build
+	$(call say,LD,$@)
+	$(Q)mkdir -p $(@D) && $(CC) -std=c11 -D_GNU_SOURCE $(WARN) $(CFLAGS) -MMD -MP -MF $@.d -o $@ $< -pthread -lm
+
+# ---- tests. Everything slow to make (guest, Debian 13 tree, vectors) is made once under build/.
+GUEST    := $(B)/guest/initrd.img
+TRIXIE   := $(B)/trixie/qemu-system-x86_64
+VECTORS  := $(B)/vectors/noise.txt
+UNIT_T   := $(wildcard tests/unit/*.t)
+E2E_T    := $(wildcard tests/e2e/*.t)
+PROVE    := prove --timer --merge --failures --comments --exec tests/lib/tap.sh
+export LB_BUILD := $(CURDIR)/$(O)
+export LB_GUEST := $(CURDIR)/$(B)/guest
+export CMOCKA_MESSAGE_OUTPUT := TAP
+export PYTHONDONTWRITEBYTECODE := 1
+export ASAN_OPTIONS := allocator_may_return_null=1:detect_leaks=1
+export TSAN_OPTIONS := allocator_may_return_null=1
+
+deps-%:
+	$(Q)tests/lib/deps.sh $*
+$(GUEST): tests/guest/build.sh tests/guest/init tests/guest/lbguest.c
+	$(call say,GUEST,$@)
+	$(Q)tests/guest/build.sh $(B)/guest && touch $@
+$(TRIXIE): tests/trixie/build.sh
+	$(call say,DEBIAN13,$@)
+	$(Q)tests/trixie/build.sh $(B)/trixie && touch $@
+$(VECTORS): tests/unit/noise_vectors.sh
+	$(call say,VECTORS,$@)
+	$(Q)tests/unit/noise_vectors.sh $(B)/vectors && touch $@
+
+unit: $(UNIT_BIN)
+integration: $(INTG_BIN)
+tools: $(TOOL_BIN)
+guest: $(GUEST)
+
+# The order matters on a fresh machine: packages before the first pkg-config.
+check: deps-check
+	$(Q)$(MAKE) --no-print-directory check-all
+check-all: check-lint check-unit check-fuzz check-integration check-softdirty check-e2e
+check-lint:
+	$(Q)$(PROVE) tests/lint/*.sh
+check-unit: all unit $(VECTORS)
+	$(Q)$(PROVE) $(UNIT_BIN) $(UNIT_T)
+check-integration: all integration $(GUEST)
+	$(Q)$(PROVE) $(INTG_BIN)
+check-e2e: all tools $(GUEST) $(TRIXIE)
+	$(Q)$(PROVE) $(if $(T),$(wildcard tests/e2e/*$(T)*),$(E2E_T))
+check-softdirty: all $(GUEST)
+	$(Q)$(PROVE) tests/softdirty/run.sh
+check-fuzz: $(O)/liblifeboat.a
+	$(Q)tests/fuzz/replay.sh $(O)
+# Unit and engine tests under a sanitizer: SAN=address,undefined (default) or thread
+check-san:
+	$(Q)$(MAKE) --no-print-directory SAN=$(or $(SAN),address$(comma)undefined) CFLAGS="-O1 -g" check-san-run
+check-san-run: unit integration $(VECTORS)
+	$(Q)$(PROVE) $(UNIT_BIN) $(O)/tests/integration/test_migrate_fake
+
+demo: deps-demo
+	$(Q)$(MAKE) --no-print-directory demo-run
+demo-run: all tools $(GUEST)
+	$(Q)tests/demo/demo.py
+bench-migrate: deps-bench
+	$(Q)$(MAKE) --no-print-directory bench-migrate-run
+bench-migrate-run: all tools $(GUEST)
+	$(Q)tests/bench/bench_migrate.py $(BENCH_ARGS)
+
+# ---- install
+BINDIR   := $(PREFIX)/sbin
+MANDIR   := $(PREFIX)/share/man
+UNITDIR  := $(PREFIX)/lib/systemd/system
+COMPDIR  := $(PREFIX)/share/bash-completion/completions
+install: all
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man5 $(DESTDIR)$(MANDIR)/man8 \
+		$(DESTDIR)$(UNITDIR) $(DESTDIR)$(COMPDIR)
+	install -m 755 $(O)/lifeboat $(O)/lifeboatd $(DESTDIR)$(BINDIR)
+	install -m 644 cmd/cli/*.1 $(DESTDIR)$(MANDIR)/man1
+	install -m 644 cmd/daemon/*.5 $(DESTDIR)$(MANDIR)/man5
+	install -m 644 cmd/daemon/*.8 $(DESTDIR)$(MANDIR)/man8
+	install -m 644 cmd/daemon/*.service $(DESTDIR)$(UNITDIR)
+	sed -i 's,/usr/local/sbin,$(BINDIR),' $(DESTDIR)$(UNITDIR)/lifeboatd.service
+	install -m 644 cmd/cli/lifeboat.bash-completion $(DESTDIR)$(COMPDIR)/lifeboat
+
+format:
+	clang-format -i $(LIB_SRC) $(CLI_SRC) $(DMN_SRC) $(CMN_SRC)
+clean:
+	$(Q)rm -rf $(B)/obj $(B)/gen $(B)/lifeboat $(B)/lifeboatd $(B)/liblifeboat.a $(B)/san-* $(B)/tests
+help:
+	@echo "all            build/lifeboat and build/lifeboatd"
+	@echo "deps-build     (root) install what all needs"
+	@echo "demo           (root) migrate a real VM between two hosts in namespaces, with a client watching"
+	@echo "check          (root) install what is missing, run every test"
+	@echo "check-unit     unit tests, no root"
+	@echo "check-lint check-fuzz check-integration check-softdirty check-e2e [T=name]   one group"
+	@echo "check-san      unit and engine tests with SAN=address,undefined (default) or SAN=thread"
+	@echo "bench-migrate  (root) Lifeboat and QEMU's own migration side by side [BENCH_ARGS=--quick]"
+	@echo "install        DESTDIR= PREFIX=/usr/local"
+	@echo "clean          everything but the guest, the Debian 13 tree and the vectors"
+
+.PHONY: all unit integration tools guest check check-all check-lint check-unit check-integration check-e2e \
+	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run \
+	install format clean help
+.SECONDARY:
+-include $(shell find $(O)/obj $(O)/tests -type f -name '*.d' 2>/dev/null)

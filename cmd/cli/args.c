@@ -1,0 +1,92 @@
+/* cmd/cli/args.c - what the arguments of subcommands have in common. */
+#include "cmd/cli/cli.h"
+
+#include <string.h>
+
+enum { OPT_JSON = 1000, OPT_FORCE, OPT_LIMIT };
+
+static error_t parse_json(int key, char *arg, struct argp_state *state)
+{
+    struct lb_cli *cli = state->input;
+
+    (void)arg;
+    if (key != OPT_JSON)
+        return ARGP_ERR_UNKNOWN;
+    cli->json = true;
+    return 0;
+}
+
+static const struct argp_option json_options[] = {
+    {"json", OPT_JSON, NULL, 0, "Print the answer as one JSON object", 0},
+    {0},
+};
+const struct argp lb_json_argp = {json_options, parse_json, NULL, NULL, NULL, NULL, NULL};
+
+void lb_parse(const char *cmd, const struct argp *argp, unsigned flags, int argc, char **argv,
+              void *input)
+{
+    LB_AUTO_FREE char *name = lb_asprintf("lifeboat %s", cmd);
+    char *old = argv[0];
+
+    argv[0] = name;
+    /* argp exits by itself: with 0 after --help, with 2 when the arguments are wrong */
+    if (argp_parse(argp, argc, argv, flags, NULL, input))
+        exit(LB_E_USAGE);
+    argv[0] = old;
+}
+
+struct name_parse {
+    struct lb_name_args *out;
+    unsigned flags;
+};
+
+static error_t parse_name(int key, char *arg, struct argp_state *state)
+{
+    struct name_parse *p = state->input;
+    uint64_t limit;
+
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = p->out->cli;
+        return 0;
+    case OPT_FORCE:
+        p->out->force = true;
+        return 0;
+    case OPT_LIMIT:
+        if (lb_parse_size(arg, &limit, NULL) || limit < 1 || limit > 1000)
+            argp_error(state, "--limit takes a number from 1 to 1000");
+        p->out->limit = (uint32_t)limit;
+        return 0;
+    case ARGP_KEY_ARG:
+        if (p->out->name || (p->flags & LB_NAME_NONE))
+            argp_error(state, "unexpected argument \"%s\"", arg);
+        p->out->name = arg;
+        return 0;
+    case ARGP_KEY_END:
+        if (!p->out->name && !(p->flags & (LB_NAME_OPTIONAL | LB_NAME_NONE)))
+            argp_error(state, "NAME is missing");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+void lb_parse_name(struct lb_cli *cli, const struct lb_cmd *cmd, const char *doc, unsigned flags,
+                   const char *force, int argc, char **argv, struct lb_name_args *out)
+{
+    struct argp_option options[3] = {{0}};
+    const struct argp_child children[] = {{&lb_json_argp, 0, NULL, 0}, {0}};
+    /* glibc leaks when it prints an empty table */
+    const struct argp argp = {flags & (LB_NAME_FORCE | LB_NAME_LIMIT) ? options : NULL,
+                              parse_name, cmd->args, doc, children, NULL, NULL};
+    struct name_parse p = {out, flags};
+    unsigned n = 0;
+
+    if (flags & LB_NAME_FORCE)
+        options[n++] = (struct argp_option){"force", OPT_FORCE, NULL, 0, force, 0};
+    if (flags & LB_NAME_LIMIT)
+        options[n++] = (struct argp_option){"limit", OPT_LIMIT, "N", 0,
+                                            "At most N records, the newest (default 50)", 0};
+    *out = (struct lb_name_args){.cli = cli};
+    lb_parse(cmd->name, &argp, 0, argc, argv, &p);
+}

@@ -1,0 +1,95 @@
+/*
+ * cmd/cli/cli.h - shared by the files of the CLI: one file per subcommand.
+ *
+ * A subcommand parses its own arguments (argp), sends one request and prints the
+ * answer: with --json exactly what the daemon said, else for people. It returns
+ * the exit status; failures go through lb_cli_fail.
+ */
+#ifndef LB_CLI_H
+#define LB_CLI_H
+
+#include <argp.h>
+#include <jansson.h>
+
+#include "cmd/common/rpc.h"
+#include "core/core.h"
+#include "netproto/rpc.pb-c.h"
+
+struct lb_cli {
+    const char *socket;
+    bool json;
+    bool reported;       /* an error was printed already */
+    char *failure_json;  /* what came along with a failure (a preflight report); NULL */
+};
+
+struct lb_cmd {
+    const char *name, *args, *summary;
+    int (*run)(struct lb_cli *cli, int argc, char **argv);
+};
+
+extern const struct lb_cmd lb_cmd_run, lb_cmd_adopt, lb_cmd_release, lb_cmd_ls, lb_cmd_status,
+    lb_cmd_show, lb_cmd_stop, lb_cmd_migrate, lb_cmd_cancel, lb_cmd_recover, lb_cmd_preflight,
+    lb_cmd_history, lb_cmd_host;
+
+/* ---- arguments */
+
+/* --json; the child parser every subcommand has. Its input is the struct lb_cli. */
+extern const struct argp lb_json_argp;
+
+/* Subcommands whose arguments are NAME and perhaps --force / --limit. */
+struct lb_name_args {
+    struct lb_cli *cli;
+    const char *name;     /* NULL when not given */
+    bool force;
+    uint32_t limit;
+};
+enum { LB_NAME_OPTIONAL = 1, LB_NAME_NONE = 2, LB_NAME_FORCE = 4, LB_NAME_LIMIT = 8 };
+/* Exits with a usage error. `force` documents --force. */
+void lb_parse_name(struct lb_cli *cli, const struct lb_cmd *cmd, const char *doc, unsigned flags,
+                   const char *force, int argc, char **argv, struct lb_name_args *out);
+/* argp_parse as every subcommand wants it: named "lifeboat CMD". */
+void lb_parse(const char *cmd, const struct argp *argp, unsigned flags, int argc, char **argv,
+              void *input);
+
+/* ---- talking to the daemon (client.c) */
+
+/* Send r, hand events to on_event (may be NULL; returns false to stop listening), return
+ * the result as JSON text (caller frees) or NULL and *err. cancel_fd: -1, or an fd whose
+ * readability ends the wait with LB_E_CANCELLED. */
+char *lb_request(struct lb_cli *cli, const Lb__RpcRequest *r,
+                 bool (*on_event)(const json_t *event, const char *text, void *arg), void *arg,
+                 int cancel_fd, struct lb_error *err);
+
+/* ---- printing (print.c) */
+
+/* Print the error (stderr; with --json also stdout); returns the exit status. */
+int lb_cli_fail(struct lb_cli *cli, const struct lb_error *err);
+/* Request with one answer: print it by `show`, or as JSON; returns the exit status. */
+int lb_ask(struct lb_cli *cli, const Lb__RpcRequest *r, void (*show)(const json_t *result));
+/* "" when missing or of another type. */
+const char *lb_jstr(const json_t *o, const char *key);
+double lb_jnum(const json_t *o, const char *key);
+json_int_t lb_jint(const json_t *o, const char *key);
+bool lb_jbool(const json_t *o, const char *key);
+/* Bytes of peers, logs and guests must not move the cursor of a terminal. */
+void lb_print_text(FILE *f, const char *text);
+
+/* A table whose columns are as wide as needed; cells are copied. */
+struct lb_table;
+struct lb_table *lb_table_new(unsigned n_cols, const char *const *heads);
+void lb_table_cell(struct lb_table *t, const char *fmt, ...) LB_PRINTF(2, 3);
+void lb_table_print(struct lb_table *t); /* and free */
+
+/* "2026-01-31 12:00:00" local time; buf of at least 32. */
+const char *lb_when(char *buf, double wall_ms);
+/* "12.3 ms", "4.56 s", "3 min 20 s". */
+const char *lb_span(char *buf, size_t n, double ms);
+
+/* Preflight report for people: one line per check, remedies below. */
+void lb_print_checks(FILE *f, const json_t *checks, bool all);
+
+/* migrate and preflight share their request. */
+int lb_migrate_request(struct lb_cli *cli, const Lb__RpcMigrate *m, bool quiet, bool detach,
+                       bool progress_json);
+
+#endif

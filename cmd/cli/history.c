@@ -1,0 +1,50 @@
+/* cmd/cli/history.c - lifeboat history [NAME] */
+#include "cmd/cli/cli.h"
+
+#include <string.h>
+
+static void show(const json_t *o)
+{
+    static const char *const heads[] = {"STARTED", "VM",       "DIRECTION", "HOST",  "RESULT",
+                                        "TOTAL",   "DOWNTIME", "SENT",      "ROUNDS"};
+    struct lb_table *t = lb_table_new(LB_ARRAY_LEN(heads), heads);
+    size_t i;
+    json_t *e;
+
+    json_array_foreach (json_object_get(o, "history"), i, e) {
+        bool ok = lb_jbool(e, "ok"), out = !strcmp(lb_jstr(e, "direction"), "out");
+        char when[32], span[32];
+
+        lb_table_cell(t, "%s", lb_when(when, lb_jnum(e, "started_ms")));
+        lb_table_cell(t, "%s", lb_jstr(e, "vm"));
+        lb_table_cell(t, "%s", lb_jstr(e, "direction"));
+        lb_table_cell(t, "%s", lb_jstr(e, "host"));
+        lb_table_cell(t, "%s", ok ? "moved" : lb_jstr(json_object_get(e, "error"), "code"));
+        lb_table_cell(t, "%s", lb_span(span, sizeof(span), lb_jnum(e, "total_ms")));
+        if (ok && out)
+            lb_table_cell(t, "%s", lb_span(span, sizeof(span), lb_jnum(e, "downtime_ms")));
+        else
+            lb_table_cell(t, "%s", "");
+        lb_table_cell(t, "%s",
+                      out ? lb_human_bytes(span, sizeof(span), lb_jnum(e, "wire_bytes")) : "");
+        lb_table_cell(t, "%lld", (long long)lb_jint(e, "rounds"));
+    }
+    lb_table_print(t);
+}
+
+static int run(struct lb_cli *cli, int argc, char **argv)
+{
+    Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
+    Lb__RpcName m = LB__RPC_NAME__INIT;
+    struct lb_name_args a;
+
+    lb_parse_name(cli, &lb_cmd_history, "List the migrations of this host, of one VM or all.",
+                  LB_NAME_OPTIONAL | LB_NAME_LIMIT, NULL, argc, argv, &a);
+    m.name = (char *)(a.name ? a.name : "");
+    m.limit = a.limit;
+    r.kind_case = LB__RPC_REQUEST__KIND_HISTORY;
+    r.history = &m;
+    return lb_ask(cli, &r, show);
+}
+
+const struct lb_cmd lb_cmd_history = {"history", "[NAME]", "List past migrations", run};

@@ -1,0 +1,190 @@
+/* cmd/cli/print.c - errors, tables and numbers for people. */
+#include "cmd/cli/cli.h"
+
+#include <math.h>
+#include <string.h>
+#include <time.h>
+
+void lb_print_text(FILE *f, const char *text)
+{
+    for (; *text; text++) {
+        unsigned char c = (unsigned char)*text;
+
+        fputc(c < 0x20 || c == 0x7f ? ' ' : c, f);
+    }
+}
+
+int lb_cli_fail(struct lb_cli *cli, const struct lb_error *err)
+{
+    fputs("lifeboat: ", stderr);
+    lb_print_text(stderr, err->message);
+    fputc('\n', stderr);
+    if (err->remedy[0]) {
+        fputs("  remedy: ", stderr);
+        lb_print_text(stderr, err->remedy);
+        fputc('\n', stderr);
+    }
+    if (cli->json) {
+        json_t *o = json_object(), *e = json_object();
+        json_t *result = cli->failure_json ? json_loads(cli->failure_json, 0, NULL) : NULL;
+        char *text;
+
+        json_object_set_new(e, "code", json_string(lb_errcode_name(err->code)));
+        json_object_set_new(e, "message", json_string(err->message));
+        json_object_set_new(e, "remedy", json_string(err->remedy));
+        json_object_set_new(o, "error", e);
+        if (result)
+            json_object_set_new(o, "result", result);
+        text = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(12));
+        puts(text ? text : "{\"error\":{\"code\":\"internal\"}}");
+        free(text);
+        json_decref(o);
+    }
+    cli->reported = true;
+    return lb_errcode_exit(err->code);
+}
+
+int lb_ask(struct lb_cli *cli, const Lb__RpcRequest *r, void (*show)(const json_t *result))
+{
+    struct lb_error err = LB_ERROR_INIT;
+    LB_AUTO_FREE char *text = lb_request(cli, r, NULL, NULL, -1, &err);
+    json_t *o;
+
+    if (!text)
+        return lb_cli_fail(cli, &err);
+    if (cli->json) {
+        puts(text);
+        return 0;
+    }
+    o = json_loads(text, 0, NULL);
+    if (!o) {
+        lb_fail(&err, LB_E_PROTO, "lifeboatd answered something that is no JSON");
+        return lb_cli_fail(cli, &err);
+    }
+    show(o);
+    json_decref(o);
+    return 0;
+}
+
+const char *lb_jstr(const json_t *o, const char *key)
+{
+    const char *s = json_string_value(json_object_get(o, key));
+
+    return s ? s : "";
+}
+
+double lb_jnum(const json_t *o, const char *key)
+{
+    return json_number_value(json_object_get(o, key));
+}
+
+json_int_t lb_jint(const json_t *o, const char *key)
+{
+    return json_integer_value(json_object_get(o, key));
+}
+
+bool lb_jbool(const json_t *o, const char *key)
+{
+    return json_is_true(json_object_get(o, key));
+}
+
+const char *lb_when(char *buf, double wall_ms)
+{
+    time_t t = (time_t)(wall_ms / 1000);
+    struct tm tm;
+
+    localtime_r(&t, &tm);
+    strftime(buf, 32, "%Y-%m-%d %H:%M:%S", &tm);
+    return buf;
+}
+
+const char *lb_span(char *buf, size_t n, double ms)
+{
+    if (ms < 1000)
+        snprintf(buf, n, "%.1f ms", ms);
+    else if (ms < 120000)
+        snprintf(buf, n, "%.2f s", ms / 1000);
+    else
+        snprintf(buf, n, "%d min %d s", (int)(ms / 60000), (int)fmod(ms / 1000, 60));
+    return buf;
+}
+
+/* --------------------------------------------------------------------- tables */
+
+struct lb_table {
+    unsigned n_cols, n, cap;
+    char **cells;
+};
+
+static void add(struct lb_table *t, const char *text)
+{
+    if (t->n == t->cap) {
+        t->cap = t->cap ? 2 * t->cap : 64;
+        t->cells = lb_realloc(t->cells, t->cap * sizeof(*t->cells));
+    }
+    t->cells[t->n++] = lb_strdup(text);
+}
+
+struct lb_table *lb_table_new(unsigned n_cols, const char *const *heads)
+{
+    struct lb_table *t = lb_alloc(sizeof(*t));
+
+    t->n_cols = n_cols;
+    for (unsigned i = 0; i < n_cols; i++)
+        add(t, heads[i]);
+    return t;
+}
+
+void lb_table_cell(struct lb_table *t, const char *fmt, ...)
+{
+    char text[512];
+    va_list ap;
+
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof(text), fmt, ap);
+    va_end(ap);
+    add(t, text[0] ? text : "-");
+}
+
+void lb_table_print(struct lb_table *t)
+{
+    LB_AUTO_FREE size_t *w = lb_alloc(t->n_cols * sizeof(*w));
+
+    for (unsigned i = 0; i < t->n; i++)
+        w[i % t->n_cols] = LB_MAX(w[i % t->n_cols], strlen(t->cells[i]));
+    for (unsigned i = 0; i < t->n; i++) {
+        bool last = i % t->n_cols == t->n_cols - 1;
+
+        lb_print_text(stdout, t->cells[i]);
+        if (last)
+            putchar('\n');
+        else
+            printf("%*s", (int)(w[i % t->n_cols] - strlen(t->cells[i]) + 2), "");
+        free(t->cells[i]);
+    }
+    free(t->cells);
+    free(t);
+}
+
+void lb_print_checks(FILE *f, const json_t *checks, bool all)
+{
+    size_t i;
+    json_t *c;
+
+    json_array_foreach (checks, i, c) {
+        const char *status = lb_jstr(c, "status"), *remedy = lb_jstr(c, "remedy");
+        bool ok = !strcmp(status, "ok");
+
+        if (ok && !all)
+            continue;
+        fprintf(f, "  %-4s  ", status);
+        fprintf(f, "%-16s  ", lb_jstr(c, "id"));
+        lb_print_text(f, lb_jstr(c, "message"));
+        fputc('\n', f);
+        if (!ok && remedy[0]) {
+            fprintf(f, "        %-16s  remedy: ", "");
+            lb_print_text(f, remedy);
+            fputc('\n', f);
+        }
+    }
+}

@@ -1,0 +1,57 @@
+/* cmd/cli/status.c - lifeboat status NAME */
+#include "cmd/cli/cli.h"
+
+static void line(const char *key, const char *value)
+{
+    if (!value[0])
+        return;
+    printf("%-12s", key);
+    lb_print_text(stdout, value);
+    putchar('\n');
+}
+
+static void show(const json_t *o)
+{
+    const json_t *running = json_object_get(o, "running"), *s = json_object_get(o, "session");
+    const json_t *p = json_object_get(s, "progress");
+    char when[32], rate[32], sent[32];
+
+    line("name", lb_jstr(o, "name"));
+    printf("%-12s%s%s\n", "state", lb_jstr(o, "state"),
+           json_is_false(running) ? " (paused)" : "");
+    printf("%-12s%lld%s\n", "process", (long long)lb_jint(o, "pid"),
+           lb_jbool(o, "alive") ? "" : " (gone)");
+    line("origin", lb_jstr(o, "origin"));
+    line("control", lb_jstr(o, "qmp"));
+    line("peer", lb_jstr(o, "peer"));
+    line("since", lb_when(when, lb_jnum(o, "changed_ms")));
+    line("note", lb_jstr(o, "note"));
+    line("problem", lb_jstr(o, "problem"));
+    if (!json_is_object(s))
+        return;
+    printf("%-12s%s, host %s, process %lld, %s\n", "session", lb_jstr(s, "role"),
+           lb_jstr(s, "host"), (long long)lb_jint(s, "pid"), lb_jstr(s, "id"));
+    if (json_is_object(p)) {
+        printf("%-12s%.0f%% %s, round %lld, %s sent, %s/s\n", "progress", lb_jnum(p, "percent"),
+               lb_jstr(p, "state"), (long long)lb_jint(p, "round"),
+               lb_human_bytes(sent, sizeof(sent), lb_jnum(p, "sent_bytes")),
+               lb_human_bytes(rate, sizeof(rate), lb_jnum(p, "throughput_bytes_per_s")));
+        line("", lb_jstr(p, "note"));
+    }
+}
+
+static int run(struct lb_cli *cli, int argc, char **argv)
+{
+    Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
+    Lb__RpcName m = LB__RPC_NAME__INIT;
+    struct lb_name_args a;
+
+    lb_parse_name(cli, &lb_cmd_status, "Show where a VM is and what happens to it.", 0, NULL, argc,
+                  argv, &a);
+    m.name = (char *)a.name;
+    r.kind_case = LB__RPC_REQUEST__KIND_STATUS;
+    r.status = &m;
+    return lb_ask(cli, &r, show);
+}
+
+const struct lb_cmd lb_cmd_status = {"status", "NAME", "Show the state of a VM", run};

@@ -1,0 +1,171 @@
+/*
+ * cmd/daemon/daemon.h - the supervisor and the processes it starts.
+ *
+ *   supervisor.c   the loop: start, scan every 2 s, stop
+ *   rpc_server.c   requests of the CLI: dispatch
+ *   ops_host.c     requests answered from files at once (ls, history, host ...)
+ *   ops_vm.c       requests that may wait for a hypervisor: run in a worker
+ *   worker.c       a worker: a forked copy that answers one request and exits
+ *   sessions.c     session processes: start, connection, routing, end
+ *   peers.c        the listening port: preambles, routing of bulk connections
+ *   session.c      the session process itself (lifeboatd --session)
+ *   vm_run.c       starting QEMU as a process of its own; qmp.c its greeting and end
+ *
+ * The supervisor has one thread and never blocks on a peer, a guest or a session; what
+ * can block runs in a worker or a session.  Nothing is kept in memory that the
+ * files of the state directory and the sessions that reconnect do not say: kill -9
+ * of the supervisor loses nothing.
+ */
+#ifndef LB_DAEMON_H
+#define LB_DAEMON_H
+
+#include <event2/bufferevent.h>
+#include <event2/event.h>
+#include <jansson.h>
+#include <sys/queue.h>
+
+#include "cmd/common/rpc.h"
+#include "core/registry.h"
+#include "migrate/config.h"
+#include "migrate/migrate.h"
+#include "netproto/rpc.pb-c.h"
+
+enum {
+    MAX_CLIENTS = 128,
+    MAX_WORKERS = 32,
+    MAX_SESSIONS_IN = 32,
+    MAX_UNAUTHENTICATED = 64, /* peers whose preamble has not come */
+    MAX_PARKED = 64,          /* bulk connections ahead of their session */
+    PREAMBLE_TIMEOUT_S = 10,
+    PARK_TIMEOUT_S = 5,
+    SCAN_INTERVAL_S = 2,
+};
+
+struct daemon_options {
+    char *state_dir, *socket, *listen, *config_path; /* listen NULL: as configured */
+    enum lb_log_level log_level;
+};
+
+struct client;
+struct peer;
+struct worker;
+
+/* One session process, as the supervisor sees it. */
+struct session {
+    LIST_ENTRY(session) link;
+    struct daemon *d;
+    pid_t pid;
+    int pidfd;
+    struct event *on_exit;  /* of the pidfd; then of the wait for its last words */
+    int exit_status;        /* as waitpid has it */
+    char id[33];            /* names its log */
+    char role[16], vm[128], peer[128];
+    struct link *conn;      /* NULL: not connected (yet, or any more) */
+    bool wants_conns;
+    uint8_t want_id[LB_SESSION_ID_BYTES];
+    char state[32];         /* of the last progress event */
+    char *preflight, *progress; /* last events, JSON; NULL */
+    bool ended;             /* result or failure came */
+    bool was_adopted;       /* started by an earlier supervisor */
+};
+
+struct daemon {
+    /* immutable after start */
+    struct daemon_options opt;
+    struct lb_host_config cfg;
+    struct event_base *base;
+    char *sessions_path;
+    int lock_fd;
+
+    /* loop only */
+    struct evconnlistener *rpc_listener, *sessions_listener, *peer_listener;
+    struct event *scan_timer, *on_term, *on_int, *on_hup;
+    LIST_HEAD(, client) clients;
+    LIST_HEAD(, session) sessions;
+    LIST_HEAD(, peer) peers;
+    LIST_HEAD(, worker) workers;
+    unsigned n_clients, n_workers, n_unauthenticated, n_parked, n_in;
+    uint64_t last_prune_ms, last_orphans_ns;
+};
+
+/* ---- supervisor.c: runs until SIGTERM/SIGINT; 0 or -1 when it could not start */
+int lb_daemon_run(const struct daemon_options *opt, struct lb_error *err);
+/* Look at every VM now (start recoveries, notice deaths). */
+void lb_daemon_scan(struct daemon *d);
+
+/* ---- rpc_server.c */
+int lb_rpc_server_start(struct daemon *d, struct lb_error *err);
+/* Answers of one client; the last two close it. NULL-safe json: taken as is. */
+void lb_client_event(struct client *c, const char *json);
+void lb_client_result(struct client *c, const char *json);
+void lb_client_failure(struct client *c, const struct lb_error *e, const char *json);
+/* Called by sessions.c for every client that watches s. */
+void lb_clients_event(struct session *s, const char *json);
+void lb_clients_result(struct session *s, const char *json);
+void lb_clients_failure(struct session *s, const struct lb_error *e, const char *json);
+
+/* ---- ops_host.c: malloc'ed JSON, or NULL and *err */
+char *lb_op_ls(struct daemon *d, struct lb_error *err);
+char *lb_op_history(struct daemon *d, const Lb__RpcName *r, struct lb_error *err);
+char *lb_op_host_id(struct daemon *d, struct lb_error *err);
+char *lb_op_host_trust(struct daemon *d, const Lb__RpcHostTrust *r, struct lb_error *err);
+char *lb_op_host_ls(struct daemon *d, struct lb_error *err);
+char *lb_op_host_forget(struct daemon *d, const Lb__RpcName *r, struct lb_error *err);
+json_t *lb_entry_to_json(const struct lb_vm_entry *e);
+json_t *lb_session_to_json(const struct session *s); /* NULL in, NULL out */
+/* json_string that takes any bytes. */
+json_t *lb_json_text(const char *s);
+char *lb_json_dump(json_t *o); /* takes o */
+
+/* ---- ops_vm.c: in a worker; malloc'ed JSON, or NULL and *err */
+char *lb_op_vm(struct daemon *d, const Lb__RpcRequest *r, struct lb_error *err);
+/* Take the lock of a VM, waiting for a moment: a status query holds it for milliseconds. */
+int lb_vm_lock_patiently(const char *state_dir, const char *name, unsigned wait_ms,
+                         struct lb_error *err);
+/* lb_recover_vm with an environment of its own; the caller holds the lock. */
+int lb_recover_here(const char *state_dir, const char *config_path, const char *vm, char text[512],
+                    struct lb_error *err);
+
+/* ---- worker.c */
+/* Fork; the child answers on fd and exits. Closes fd here in any case. */
+int lb_worker_start(struct daemon *d, int fd, const Lb__RpcRequest *r, struct lb_error *err);
+/* In any forked child, before it does anything: signals as in a fresh process, own session. */
+void lb_child_reset(void);
+
+/* ---- sessions.c */
+int lb_sessions_start(struct daemon *d, struct lb_error *err);
+/* Start a session process; conn_fd >= 0 for role "in" (closed here in any case). */
+struct session *lb_session_spawn(struct daemon *d, const char *role, const char *vm,
+                                 const char *host, const Lb__MigrateOptions *opts, int conn_fd,
+                                 struct lb_error *err);
+/* The session at work on it; one that has said its result is as good as gone (its lock goes
+ * with its process: lb_vm_lock_patiently). */
+struct session *lb_session_of_vm(struct daemon *d, const char *vm);
+struct session *lb_session_wanting(struct daemon *d, const uint8_t id[LB_SESSION_ID_BYTES]);
+int lb_session_order_cancel(struct session *s, struct lb_error *err);
+/* Passes the connection on; fd is closed here in any case. */
+int lb_session_order_conn(struct session *s, int fd, struct lb_error *err);
+
+/* ---- peers.c */
+int lb_peers_start(struct daemon *d, const char *listen, struct lb_error *err);
+void lb_peers_unpark(struct daemon *d, struct session *s);
+
+/* ---- session.c: main of `lifeboatd --session`; the exit status */
+int lb_session_main(void);
+
+/* ---- vm_run.c */
+/* Start argv detached (own session, stdio to log_path, in cwd); *out names it. */
+int lb_vm_start(char *const argv[], const char *cwd, const char *log_path, struct lb_proc_id *out,
+                struct lb_error *err);
+/* Last lines of a log on one line, for messages. Caller frees; never NULL. */
+char *lb_log_tail(const char *path, size_t max_bytes);
+
+/* ---- qmp.c: the few words of QMP needed around a VM's life */
+/* Wait until the socket greets, or *proc dies (LB_E_HV), or the deadline. */
+int lb_qmp_wait_greeting(const char *path, const struct lb_proc_id *proc, uint64_t deadline_ns,
+                         struct lb_error *err);
+/* `quit`, and wait until the process is gone. */
+int lb_qmp_quit(const char *path, const struct lb_proc_id *proc, uint64_t deadline_ns,
+                struct lb_error *err);
+
+#endif

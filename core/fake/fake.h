@@ -1,0 +1,99 @@
+/*
+ * core/fake/fake.h - the test side of the in-process guest lb_hv_fake.
+ *
+ * A fake guest is RAM ("fake.ram" main, "fake.vram" device; memfds) and a thread
+ * that, while the guest runs, rewrites pages at a set rate.  Every page it writes
+ * is stamped: its content follows from the guest's nonce, the page and a write
+ * number, and the guest remembers the number of every page.  That table is part
+ * of the device state, so a receiver knows exactly what each of its pages must
+ * hold: a page that is lost, stale or misplaced is found by lb_fake_verify.
+ *
+ * Like a real machine it holds a lock on its disk while it runs: a save with
+ * final = true gives the lock up, cont and run take it and fail while another
+ * guest with the same uuid has it.
+ *
+ * Guests live until destroyed, killed or reset; handles come and go (one at a
+ * time per guest).  All functions here may be called from any thread.
+ */
+#ifndef LB_FAKE_H
+#define LB_FAKE_H
+
+#include "core/hv.h"
+
+struct lb_fake_config {
+    const char *name;           /* several guests may share a name (two "hosts") */
+    uint64_t ram_bytes;         /* multiple of LB_PAGE_SIZE; 0: 16 MiB */
+    uint64_t vram_bytes;        /* multiple of LB_PAGE_SIZE; 0: 1 MiB */
+    uint64_t touched_pages;     /* stamped before it starts, from page 0 of fake.ram */
+    uint64_t rate_pages_per_s;  /* rewrites per second, one of 16 in fake.vram; 0: idle */
+    uint64_t working_set_pages; /* rewrites stay in the first N pages of fake.ram; 0: all */
+    uint32_t random_bytes;      /* incompressible part of a stamped page, 32..4096; 0: 512 */
+    uint32_t state_bytes;       /* device state is padded to at least this */
+    bool no_map;                /* blocks without a map: engine has to use lb_hv_read/write */
+    bool start_paused;
+};
+
+/* A guest, valid forever: functions on one that is gone say so. */
+typedef uint64_t lb_fake_id;
+
+/* Boot a guest. */
+int lb_fake_start(const struct lb_fake_config *config, lb_fake_id *out, struct lb_error *err);
+/* The guest behind a handle of lb_hv_fake. */
+lb_fake_id lb_fake_of(struct lb_hv_vm *vm);
+/* "fake:N", to be given as lb_vm_ident.qmp_path; buf holds 32 bytes; returns buf.
+ * Attaching by name alone works while just one living guest has the name. */
+const char *lb_fake_address(lb_fake_id id, char buf[32]);
+
+/* The hypervisor process dies: slots fail with LB_E_HV from now on. */
+int lb_fake_kill(lb_fake_id id, struct lb_error *err);
+int lb_fake_set_rate(lb_fake_id id, uint64_t rate_pages_per_s, struct lb_error *err);
+/* The guest itself rewrites one page now, running or not (block 0 ram, 1 vram). */
+int lb_fake_touch(lb_fake_id id, unsigned block, uint64_t page, struct lb_error *err);
+/* Compare every page with what the guest knows it wrote; the guest is held
+ * meanwhile.  LB_E_NOT_FOUND when gone; *bad_pages may be non-zero on success. */
+int lb_fake_verify(lb_fake_id id, uint64_t *bad_pages, struct lb_error *err);
+
+struct lb_fake_stats {
+    bool alive, running, holds_disk, attached;
+    unsigned throttle_percent;
+    uint64_t writes;      /* since boot, kept across migration */
+    uint64_t announces;   /* of this copy */
+    uint64_t nonce;       /* the same before and after migration */
+};
+int lb_fake_stats(lb_fake_id id, struct lb_fake_stats *out, struct lb_error *err);
+
+/* Living guests / running guests of that name (NULL: of any name). */
+unsigned lb_fake_count(const char *name);
+unsigned lb_fake_running(const char *name);
+/* End of a test: end every guest without a handle, disarm all faults.  Returns
+ * how many guests had been left over (handles in use stay and are counted). */
+unsigned lb_fake_reset(void);
+
+/* The content of page `page` of block `block` (0, 1) at write number seq > 0. */
+void lb_fake_stamp(void *page_buf, uint64_t nonce, uint32_t random_bytes, unsigned block,
+                   uint64_t page, uint32_t seq);
+
+/* ---- faults: armed for the whole process ---- */
+enum lb_fake_slot {
+    LB_FAKE_ATTACH, LB_FAKE_DESCRIBE, LB_FAKE_BLOCKS, LB_FAKE_LOG_ENABLE, LB_FAKE_LOG_CLEAN,
+    LB_FAKE_LOG_PEEK, LB_FAKE_LOG_DISABLE, LB_FAKE_POPULATED, LB_FAKE_READ, LB_FAKE_STOP,
+    LB_FAKE_CONT, LB_FAKE_SAVE_BEGIN, LB_FAKE_SAVE_END, LB_FAKE_THROTTLE, LB_FAKE_LAUNCH,
+    LB_FAKE_PREPARE_RAM, LB_FAKE_WRITE, LB_FAKE_LOAD_STATE, LB_FAKE_RUN, LB_FAKE_ANNOUNCE,
+    LB_FAKE_STATUS, LB_FAKE_DESTROY, LB_FAKE_N_SLOTS
+};
+/* The nth call from now (1: the next) fails with code, before it has any effect;
+ * calls after it work again.  One fault per slot; nth 0 disarms.  A failing
+ * destroy does end and free the guest, as its contract says, and then fails. */
+void lb_fake_fail(enum lb_fake_slot slot, unsigned nth, enum lb_errcode code);
+/* As above, but the call has its whole effect before it fails, as when the answer of a
+ * hypervisor is lost (stop, cont and run only). */
+void lb_fake_fail_late(enum lb_fake_slot slot, unsigned nth, enum lb_errcode code);
+/* As lb_fake_fail, but the guest dies at that call (not for attach and launch). */
+void lb_fake_die(enum lb_fake_slot slot, unsigned nth);
+/* Every call of the slot takes that much longer. */
+void lb_fake_delay(enum lb_fake_slot slot, unsigned ms);
+/* Calls of the slot since the start or the last reset: bounds for a sweep. */
+uint64_t lb_fake_calls(enum lb_fake_slot slot);
+const char *lb_fake_slot_name(enum lb_fake_slot slot);
+
+#endif

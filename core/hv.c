@@ -1,0 +1,321 @@
+/* core/hv.c - the only door to a hypervisor's table of functions.
+ *
+ * Each wrapper asserts what the contract in hv.h asks of the caller (state,
+ * bounds, sizes), calls the slot, and keeps the state of the handle:
+ *
+ *      attach -> RUNNING <- cont / stop -> STOPPED
+ *      launch -> INCOMING - load_state -> LOADED - run -> RUNNING (a source like any other)
+ *
+ * stop and cont may be repeated, so that a failure path can always say cont.
+ * The state changes only when the slot succeeded; `saving` alone ends with
+ * save_end whatever its result, and a failure path calls save_end before cont.
+ * destroy frees the handle even when it fails.  lb_hv_read, _write and _log_peek
+ * run on any thread and therefore check their arguments only, never the state. */
+#include "core/hv.h"
+
+#include <assert.h>
+
+static struct lb_hv_vm_base *base_of(struct lb_hv_vm *vm)
+{
+    assert(vm);
+    struct lb_hv_vm_base *base = (struct lb_hv_vm_base *)vm;
+    assert(base->ops);
+    return base;
+}
+
+static const struct lb_hv_ops *ops_of(struct lb_hv_vm *vm)
+{
+    return base_of(vm)->ops;
+}
+
+/* Every slot is mandatory: seen once, when a handle is made. */
+static void check_ops(const struct lb_hv_ops *ops)
+{
+    assert(ops && ops->name);
+    assert(ops->attach && ops->describe && ops->blocks);
+    assert(ops->log_enable && ops->log_clean && ops->log_peek && ops->log_disable);
+    assert(ops->populated && ops->read && ops->stop && ops->cont);
+    assert(ops->save_begin && ops->save_end && ops->throttle);
+    assert(ops->launch && ops->prepare_ram && ops->write && ops->load_state);
+    assert(ops->run && ops->announce);
+    assert(ops->status && ops->ident && ops->exists && ops->end && ops->detach && ops->destroy);
+}
+
+static uint64_t pages_of(const struct lb_ram_block *blk)
+{
+    assert(blk && blk->size_bytes % LB_PAGE_SIZE == 0);
+    return blk->size_bytes / LB_PAGE_SIZE;
+}
+
+static void check_pages(const struct lb_ram_block *blk, uint64_t first, uint64_t count)
+{
+    uint64_t total = pages_of(blk);
+    assert(first <= total && count <= total - first);
+}
+
+static void check_bitmap(const struct lb_ram_block *blk, const struct lb_bitmap *bits)
+{
+    assert(bits && bits->words && bits->n_bits == pages_of(blk));
+}
+
+static bool is_source(const struct lb_hv_vm_base *base)
+{
+    return base->state == LB_HV_RUNNING || base->state == LB_HV_STOPPED;
+}
+
+int lb_hv_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,
+                 struct lb_hv_vm **out, struct lb_error *err)
+{
+    check_ops(ops);
+    assert(ident && out);
+    struct lb_hv_vm *vm = NULL;
+    if (ops->attach(ident, &vm, err) < 0)
+        return -1;
+    struct lb_hv_vm_base *base = (struct lb_hv_vm_base *)vm;
+    base->ops = ops;
+    assert(is_source(base) && !base->logging && !base->saving);
+    *out = vm;
+    return 0;
+}
+
+int lb_hv_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err)
+{
+    assert(out);
+    return ops_of(vm)->describe(vm, out, err);
+}
+
+int lb_hv_blocks(struct lb_hv_vm *vm, const struct lb_ram_block **out, unsigned *n,
+                 struct lb_error *err)
+{
+    assert(out && n);
+    return ops_of(vm)->blocks(vm, out, n, err);
+}
+
+int lb_hv_log_enable(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !base->logging);
+    if (base->ops->log_enable(vm, err) < 0)
+        return -1;
+    base->logging = true;
+    return 0;
+}
+
+int lb_hv_log_clean(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *dirty,
+                    struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    /* allowed between save_begin and save_end: the two overlap at hand-over */
+    assert(base->logging && base->state == LB_HV_STOPPED);
+    assert(blk && blk->kind != LB_RAM_ROM);
+    check_bitmap(blk, dirty);
+    return base->ops->log_clean(vm, blk, dirty, err);
+}
+
+int lb_hv_log_peek(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first,
+                   uint64_t count, struct lb_bitmap *dirty, struct lb_error *err)
+{
+    assert(blk && blk->kind != LB_RAM_ROM);
+    assert(dirty && dirty->words && dirty->n_bits >= count);
+    check_pages(blk, first, count);
+    return ops_of(vm)->log_peek(vm, blk, first, count, dirty, err);
+}
+
+int lb_hv_log_disable(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->logging);
+    if (base->ops->log_disable(vm, err) < 0)
+        return -1;
+    base->logging = false;
+    return 0;
+}
+
+int lb_hv_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                    struct lb_error *err)
+{
+    check_bitmap(blk, pages);
+    return ops_of(vm)->populated(vm, blk, pages, err);
+}
+
+int lb_hv_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
+               uint64_t n_pages, void *buf, struct lb_error *err)
+{
+    check_pages(blk, first_page, n_pages);
+    assert(buf);
+    return ops_of(vm)->read(vm, blk, first_page, n_pages, buf, err);
+}
+
+int lb_hv_stop(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !base->saving);
+    if (base->ops->stop(vm, err) < 0)
+        return -1;
+    base->state = LB_HV_STOPPED;
+    return 0;
+}
+
+int lb_hv_cont(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !base->saving);
+    if (base->ops->cont(vm, err) < 0)
+        return -1;
+    base->state = LB_HV_RUNNING;
+    return 0;
+}
+
+int lb_hv_save_begin(struct lb_hv_vm *vm, bool final, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->state == LB_HV_STOPPED && !base->saving);
+    if (base->ops->save_begin(vm, final, err) < 0)
+        return -1;
+    base->saving = true;
+    return 0;
+}
+
+int lb_hv_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->saving && buf && len);
+    void *state = NULL;
+    size_t state_len = 0;
+    base->saving = false;
+    if (base->ops->save_end(vm, &state, &state_len, err) < 0)
+        return -1;
+    if (!state || state_len == 0) {
+        free(state);
+        return lb_fail(err, LB_E_HV, "%s saved an empty device state", base->ops->name);
+    }
+    *buf = state;
+    *len = state_len;
+    return 0;
+}
+
+int lb_hv_throttle(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err)
+{
+    assert(is_source(base_of(vm)) && percent <= 99);
+    return ops_of(vm)->throttle(vm, percent, err);
+}
+
+int lb_hv_launch(const struct lb_hv_ops *ops, const struct lb_vm_desc *desc,
+                 const struct lb_launch_opts *opts, struct lb_hv_vm **out, struct lb_error *err)
+{
+    check_ops(ops);
+    assert(desc && opts && out);
+    struct lb_hv_vm *vm = NULL;
+    if (ops->launch(desc, opts, &vm, err) < 0)
+        return -1;
+    struct lb_hv_vm_base *base = (struct lb_hv_vm_base *)vm;
+    base->ops = ops;
+    base->state = LB_HV_INCOMING;
+    base->logging = false;
+    base->saving = false;
+    *out = vm;
+    return 0;
+}
+
+int lb_hv_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    assert(base_of(vm)->state == LB_HV_INCOMING);
+    return ops_of(vm)->prepare_ram(vm, err);
+}
+
+int lb_hv_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
+                uint64_t n_pages, const void *buf, struct lb_error *err)
+{
+    check_pages(blk, first_page, n_pages);
+    assert(buf);
+    return ops_of(vm)->write(vm, blk, first_page, n_pages, buf, err);
+}
+
+int lb_hv_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->state == LB_HV_INCOMING && buf);
+    if (base->ops->load_state(vm, buf, len, err) < 0)
+        return -1;
+    base->state = LB_HV_LOADED;
+    return 0;
+}
+
+int lb_hv_run(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->state == LB_HV_LOADED);
+    if (base->ops->run(vm, err) < 0)
+        return -1;
+    base->state = LB_HV_RUNNING;
+    return 0;
+}
+
+int lb_hv_announce(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    assert(base_of(vm)->state == LB_HV_RUNNING);
+    return ops_of(vm)->announce(vm, err);
+}
+
+int lb_hv_status(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_error *err)
+{
+    assert(alive && running);
+    return ops_of(vm)->status(vm, alive, running, err);
+}
+
+void lb_hv_ident(struct lb_hv_vm *vm, struct lb_vm_ident *out)
+{
+    assert(out);
+    ops_of(vm)->ident(vm, out);
+}
+
+bool lb_hv_exists(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident)
+{
+    check_ops(ops);
+    assert(ident);
+    return ops->exists(ident);
+}
+
+int lb_hv_end(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident, struct lb_error *err)
+{
+    check_ops(ops);
+    assert(ident);
+    return ops->end(ident, err);
+}
+
+void lb_hv_detach(struct lb_hv_vm *vm)
+{
+    if (vm)
+        ops_of(vm)->detach(vm);
+}
+
+int lb_hv_destroy(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    return ops_of(vm)->destroy(vm, err);
+}
+
+void lb_vm_desc_free(struct lb_vm_desc *d)
+{
+    if (!d)
+        return;
+    free(d->name);
+    free(d->hypervisor);
+    free(d->hv_version);
+    free(d->emulator);
+    lb_strv_free(d->argv);
+    free(d->cwd);
+    free(d->machine);
+    free(d->accel);
+    free(d->cpu_model);
+    free(d->uuid);
+    for (unsigned i = 0; i < d->n_disks; i++) {
+        free(d->disks[i].id);
+        free(d->disks[i].path);
+        free(d->disks[i].format);
+    }
+    free(d->disks);
+    lb_strv_free(d->features);
+    lb_strv_free(d->blockers);
+    free(d->kernel_release);
+    *d = (struct lb_vm_desc){0};
+}

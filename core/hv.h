@@ -1,0 +1,231 @@
+/*
+ * core/hv.h - the hypervisor interface.
+ *
+ * One table of functions per hypervisor, named after Xen's log-dirty control
+ * (enable / peek / clean / disable).  Implementations: core/qemu (stock QEMU
+ * from outside), core/fake (a process-local guest for tests); Xen later.
+ *
+ * Life of a source VM
+ *      attach -> [describe] -> blocks -> log_enable -> { stop -> log_clean -> cont -> read }*
+ *             -> stop -> log_clean -> save_state -> (hand-over) -> destroy
+ *                                               \-> cont (anything failed)      -> detach
+ * Life of a receiver
+ *      launch -> blocks -> prepare_ram -> place pages -> load_state (paused, disks untouched)
+ *             -> run -> announce -> detach            or destroy at any earlier point
+ *
+ * Every slot is mandatory.  Slots are called only through the lb_hv_* wrappers
+ * below, which check the state, from one thread at a time per VM (the engine
+ * thread of the session) - except lb_hv_read and lb_hv_write and
+ * lb_hv_log_peek, which any worker may call concurrently.
+ */
+#ifndef LB_HV_H
+#define LB_HV_H
+
+#include "core/core.h"
+
+#define LB_PAGE_SIZE 4096u   /* unit of every page index in Lifeboat */
+#define LB_PAGE_SHIFT 12
+#define LB_BLOCK_NAME_MAX 256
+
+enum lb_ram_kind {
+    LB_RAM_MAIN = 0,   /* guest memory: sent, sparse (unpopulated = zero on both sides) */
+    LB_RAM_DEVICE = 1, /* vga.vram, device RAM, pflash: sent whole in round 0 */
+    LB_RAM_ROM = 2,    /* identical when firmware is; digest compared, sent when it differs */
+};
+
+enum lb_ram_backing { LB_BACK_ANON, LB_BACK_SHARED, LB_BACK_HUGETLB };
+
+/* A RAM block. Owned by the VM handle, valid until detach/destroy. */
+struct lb_ram_block {
+    uint32_t id;                  /* index in the table */
+    char name[LB_BLOCK_NAME_MAX]; /* hypervisor's own name, e.g. "pc.ram" */
+    uint64_t size_bytes;          /* multiple of LB_PAGE_SIZE */
+    uint32_t track_bytes;         /* granularity of the dirty log: 4096, or 2 MiB for hugetlb */
+    enum lb_ram_kind kind;
+    enum lb_ram_backing backing;
+    uint64_t hva;                 /* address in the VM's process; 0 when not located (ROM only) */
+    void *map;                    /* our own MAP_SHARED view, or NULL: use lb_hv_read/write */
+};
+
+/* Which VM. All strings owned by the caller of attach. */
+struct lb_vm_ident {
+    const char *name;
+    struct lb_proc_id proc;
+    const char *qmp_path;   /* control socket; NULL: find one on the command line */
+};
+
+struct lb_disk_desc {
+    char *id;          /* device or node name */
+    char *path;        /* file name as the hypervisor reports it */
+    char *format;
+    bool read_only;
+    bool shareable;    /* share-rw / locking off */
+};
+
+/* What a VM is: everything preflight and the launch of a receiver need.
+ * Travels as protobuf (netproto/control.proto VmDescription). */
+struct lb_vm_desc {
+    char *name;
+    char *hypervisor;      /* "qemu" */
+    char *hv_version;      /* "7.2.22" */
+    char *emulator;        /* path of the binary */
+    char **argv;           /* source command line, argv[0] included, Lifeboat's own additions removed */
+    char *cwd;
+    uint32_t uid, gid;
+    char *machine;         /* versioned: "pc-i440fx-7.2" */
+    char *accel;           /* "kvm" | "tcg" */
+    char *cpu_model;       /* e.g. "max-x86_64-cpu" */
+    uint32_t vcpus;
+    uint64_t ram_bytes;
+    char *uuid;
+    struct lb_disk_desc *disks;
+    unsigned n_disks;
+    char **features;       /* guest-visible CPU feature names/words, sorted; NULL-terminated */
+    char **blockers;       /* "what: why: remedy" per thing that cannot travel; NULL-terminated */
+    char *kernel_release;  /* source host */
+};
+void lb_vm_desc_free(struct lb_vm_desc *d);
+
+/* How a receiver is launched on this host: from the host's configuration. */
+struct lb_path_map { char *from, *to; };          /* prefix replacement */
+struct lb_launch_opts {
+    const char *name;
+    const char *run_dir;             /* private directory of this VM: qmp.sock, log */
+    const char *emulator;            /* NULL: same path as the source's */
+    const struct lb_path_map *paths; /* sockets, files */
+    unsigned n_paths;
+    const struct lb_path_map *taps;  /* whole-name replacement of ifname= */
+    unsigned n_taps;
+};
+
+struct lb_hv_vm;   /* opaque: a handle on one VM, source or receiver */
+
+struct lb_hv_ops {
+    const char *name;   /* "qemu" */
+
+    /* ---- source ---- */
+    /* Open a handle on a running VM. Does not disturb it. */
+    int (*attach)(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err);
+    /* Fill *out (caller: lb_vm_desc_free). May take tens of ms; guest keeps running. Works on
+     * a receiver too (its CPU features are compared with the source's). */
+    int (*describe)(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err);
+    /* Locate RAM blocks; table owned by vm. */
+    int (*blocks)(struct lb_hv_vm *vm, const struct lb_ram_block **out, unsigned *n,
+                  struct lb_error *err);
+    /* Start logging writes on every block that is not ROM. Pages written before
+     * this call are not in the log. Guest running or stopped. */
+    int (*log_enable)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* OR the pages written since the last clean (or enable) into dirty (one bit
+     * per LB_PAGE_SIZE, n_bits = size/4096) and forget them. ONLY while stopped
+     * (asserted): in-flight DMA would be lost otherwise, see DESIGN 2a. */
+    int (*log_clean)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *dirty,
+                     struct lb_error *err);
+    /* As clean but without forgetting, for pages [first, first+count), any time,
+     * any thread: a hint which pages will be in the next round anyway. dirty has at
+     * least `count` bits, bit 0 is page `first`; bits are only set, never cleared. */
+    int (*log_peek)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first,
+                    uint64_t count, struct lb_bitmap *dirty, struct lb_error *err);
+    int (*log_disable)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* Set bits of pages that may hold something other than zeros. */
+    int (*populated)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                     struct lb_error *err);
+    /* Copy pages into buf. For blocks without a map. Any thread. */
+    int (*read)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
+                uint64_t n_pages, void *buf, struct lb_error *err);
+    /* Pause: on return the guest does not run and no device I/O is in flight. */
+    int (*stop)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* Continue; also re-acquires disks released by save_state(final). */
+    int (*cont)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* Device and CPU state while stopped; *buf malloc'ed, caller frees. `final`
+     * also releases the disks (image locks) for the receiver. `begin` returns at
+     * once, `end` waits, so that page copying overlaps. */
+    int (*save_begin)(struct lb_hv_vm *vm, bool final, struct lb_error *err);
+    int (*save_end)(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb_error *err);
+    /* Slow the guest: percent of CPU taken away, 0 = full speed, max 99. LB_E_UNSUPPORTED
+     * when this host offers no way. Undone by detach and by death of the caller's daemon
+     * at the next start (recorded in run_dir by the implementation when needed). */
+    int (*throttle)(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err);
+
+    /* ---- receiver ---- */
+    /* Start an empty receiver as its own process (setsid, survives us), derived from
+     * desc; returns when it accepts control commands. On failure nothing is left. */
+    int (*launch)(const struct lb_vm_desc *desc, const struct lb_launch_opts *opts,
+                  struct lb_hv_vm **out, struct lb_error *err);
+    /* Make main RAM read as zeros everywhere (drop what launch put there) and get
+     * it ready for fast placing. Once, before the first page. */
+    int (*prepare_ram)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* Place pages. For blocks without a map. Any thread. */
+    int (*write)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
+                 uint64_t n_pages, const void *buf, struct lb_error *err);
+    /* Load device state. On return the VM is complete but PAUSED and has not touched
+     * its disks (QEMU: -S + late-block-activate). */
+    int (*load_state)(struct lb_hv_vm *vm, const void *buf, size_t len, struct lb_error *err);
+    /* Take the disks and run. */
+    int (*run)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* Gratuitous ARP / RARP from every NIC, repeated by the hypervisor. */
+    int (*announce)(struct lb_hv_vm *vm, struct lb_error *err);
+
+    /* ---- both ---- */
+    /* Is it there, and does the guest run? */
+    int (*status)(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_error *err);
+    /* Identity and control path for the registry. Strings owned by vm. */
+    void (*ident)(struct lb_hv_vm *vm, struct lb_vm_ident *out);
+    /* Without a handle, for recovery after a crash: is that VM or receiver there, in
+     * whatever state?  Identity by proc (QEMU) or by what ident.qmp_path names. */
+    bool (*exists)(const struct lb_vm_ident *ident);
+    /* End it, in whatever state; on 0 it is gone. Gone already is success. */
+    int (*end)(const struct lb_vm_ident *ident, struct lb_error *err);
+    /* Stop tracking and throttling, close, free. VM stays as it is. NULL is fine. */
+    void (*detach)(struct lb_hv_vm *vm);
+    /* Kill the VM (waits until gone, removes what launch made), close, free. */
+    int (*destroy)(struct lb_hv_vm *vm, struct lb_error *err);
+};
+
+extern const struct lb_hv_ops lb_hv_qemu;
+extern const struct lb_hv_ops lb_hv_fake;
+
+/* Wrappers. lb_hv_vm implementations embed struct lb_hv_vm_base first. */
+enum lb_hv_run_state { LB_HV_RUNNING, LB_HV_STOPPED, LB_HV_INCOMING, LB_HV_LOADED };
+struct lb_hv_vm_base {
+    const struct lb_hv_ops *ops;
+    enum lb_hv_run_state state;  /* engine thread */
+    bool logging;                /* engine thread */
+    bool saving;                 /* engine thread: between save_begin and save_end */
+};
+
+int lb_hv_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,
+                 struct lb_hv_vm **out, struct lb_error *err);
+int lb_hv_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err);
+int lb_hv_blocks(struct lb_hv_vm *vm, const struct lb_ram_block **out, unsigned *n,
+                 struct lb_error *err);
+int lb_hv_log_enable(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_log_clean(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *dirty,
+                    struct lb_error *err);
+int lb_hv_log_peek(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first,
+                   uint64_t count, struct lb_bitmap *dirty, struct lb_error *err);
+int lb_hv_log_disable(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                    struct lb_error *err);
+int lb_hv_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
+               uint64_t n_pages, void *buf, struct lb_error *err);
+int lb_hv_stop(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_cont(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_save_begin(struct lb_hv_vm *vm, bool final, struct lb_error *err);
+int lb_hv_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb_error *err);
+int lb_hv_throttle(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err);
+int lb_hv_launch(const struct lb_hv_ops *ops, const struct lb_vm_desc *desc,
+                 const struct lb_launch_opts *opts, struct lb_hv_vm **out, struct lb_error *err);
+int lb_hv_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
+                uint64_t n_pages, const void *buf, struct lb_error *err);
+int lb_hv_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, struct lb_error *err);
+int lb_hv_run(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_announce(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_status(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_error *err);
+void lb_hv_ident(struct lb_hv_vm *vm, struct lb_vm_ident *out);
+bool lb_hv_exists(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident);
+int lb_hv_end(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident, struct lb_error *err);
+void lb_hv_detach(struct lb_hv_vm *vm);
+int lb_hv_destroy(struct lb_hv_vm *vm, struct lb_error *err);
+
+#endif

@@ -1,0 +1,217 @@
+/*
+ * core/qemu/qemu_internal.h - inside of the QEMU backend.
+ *
+ *   qemu.c        table of functions, attach and detach
+ *   qmp.c         control socket: commands, events, deadlines
+ *   inject.c      system calls executed by QEMU's main thread (ptrace)
+ *   ramblocks.c   where guest memory is in QEMU's address space
+ *   ram.c         reading, placing, emptying and listing populated pages
+ *   dirty_*.c     the dirty log: userfaultfd write protection, or soft-dirty
+ *   state.c       device state out of and into QEMU
+ *   describe.c    what the VM is, and what keeps it from travelling
+ *   cmdline.c     QEMU command lines as a list of options
+ *   launch.c      a receiver: derived command line, start, end
+ *   throttle.c    less CPU for the guest
+ */
+#ifndef LB_QEMU_INTERNAL_H
+#define LB_QEMU_INTERNAL_H
+
+#include <jansson.h>
+
+#include "core/hv.h"
+#include "core/qemu/qemu.h"
+
+/* How long QEMU may take, ms. stop, cont and save wait for the disks. */
+#define LB_QMP_MS 10000u
+#define LB_QMP_SLOW_MS 30000u
+
+/* ------------------------------------------------------------------- qmp.c */
+
+struct lb_qmp;
+
+/* Connect and negotiate. pidfd watches QEMU (borrowed), expect_pid is who must
+ * be at the other end. retry_until_ns: keep trying to connect while the socket
+ * is not there yet (0: once). */
+int lb_qmp_open(const char *path, pid_t expect_pid, int pidfd, uint64_t retry_until_ns,
+                struct lb_qmp **out, struct lb_error *err);
+void lb_qmp_close(struct lb_qmp *q);
+
+/* Send a command; args is the JSON text of its arguments or NULL; pass_fd goes
+ * along when >= 0; next is a command without arguments to send all but the last
+ * byte of (see qmp.c), or NULL. */
+int lb_qmp_send(struct lb_qmp *q, const char *cmd, const char *args, int pass_fd,
+                const char *next, struct lb_error *err);
+/* Reply of the oldest command sent and not yet waited for. *ret (may be NULL)
+ * is a new reference. */
+int lb_qmp_wait(struct lb_qmp *q, const char *cmd, unsigned timeout_ms, json_t **ret,
+                struct lb_error *err);
+/* Both. */
+int lb_qmp_cmd(struct lb_qmp *q, const char *cmd, const char *args, json_t **ret,
+               struct lb_error *err);
+/* A line of the human monitor; *text is malloc'ed. */
+int lb_qmp_hmp(struct lb_qmp *q, const char *line, char **text, struct lb_error *err);
+/* Wait for a MIGRATION event that says "completed" or "failed" (copied to status). */
+int lb_qmp_wait_migration(struct lb_qmp *q, unsigned timeout_ms, char status[32],
+                          struct lb_error *err);
+/* Forget the last MIGRATION event. */
+void lb_qmp_clear_migration(struct lb_qmp *q);
+
+/* ---------------------------------------------------------------- inject.c */
+
+struct lb_injector;
+/* Run body in a thread of its own that has QEMU's main thread seized and
+ * stopped.  Nothing of the caller may waitpid(-1) meanwhile. */
+int lb_inject(pid_t pid, int (*body)(struct lb_injector *in, void *arg, struct lb_error *err),
+              void *arg, struct lb_error *err);
+/* From body: have QEMU execute a system call; *ret is the kernel's answer
+ * (-errno on failure). */
+int lb_inject_syscall(struct lb_injector *in, long nr, const uint64_t args[6], long *ret,
+                      struct lb_error *err);
+
+/* ------------------------------------------------------------- ramblocks.c */
+
+struct lb_qemu_block {
+    struct lb_ram_block pub;
+    uint64_t total_bytes;    /* allocated length; pub.size_bytes may be shorter */
+    bool read_only;          /* as QEMU >= 8 prints it */
+    bool file_private;       /* MAP_PRIVATE of a file: absent pages are not zero */
+    int map_fd;              /* the backing file when shared, else -1 */
+    uint64_t map_offset;     /* of the block in that file */
+};
+
+/* ------------------------------------------------------------------- dirty */
+
+/* Source of the dirty log. Calls come as in hv.h; peek from any thread. */
+struct lb_dirty_ops {
+    const char *name;
+    bool (*supported)(void);   /* by the running kernel */
+    /* On return every later write is logged. Guest may run. */
+    int (*enable)(struct lb_hv_vm *vm, struct lb_error *err);
+    int (*clean)(struct lb_hv_vm *vm, const struct lb_qemu_block *b, struct lb_bitmap *dirty,
+                 struct lb_error *err);
+    int (*peek)(struct lb_hv_vm *vm, const struct lb_qemu_block *b, uint64_t first,
+                uint64_t count, struct lb_bitmap *dirty, struct lb_error *err);
+    void (*disable)(struct lb_hv_vm *vm);
+};
+extern const struct lb_dirty_ops lb_dirty_uffd;
+extern const struct lb_dirty_ops lb_dirty_softdirty;
+/* The best one this kernel has, or the one $LIFEBOAT_DIRTY_LOG names. */
+const struct lb_dirty_ops *lb_dirty_choose(struct lb_error *err);
+
+struct lb_hv_vm {
+    struct lb_hv_vm_base base;
+
+    /* immutable after attach or launch */
+    char *name;
+    struct lb_proc_id proc;
+    int pidfd;
+    int pagemap_fd;
+    char *qmp_path;
+    char *run_dir;               /* launched by us: removed by destroy; else NULL */
+    char **sockets;              /* launched by us: what it listens on; else NULL */
+    int version[3];              /* QEMU's */
+    char *machine;               /* versioned */
+
+    /* engine thread */
+    struct lb_qmp *qmp;
+    uint64_t stop_count;         /* how often the guest was stopped */
+    const struct lb_dirty_ops *dirty;   /* chosen at log_enable */
+    int uffd;                    /* dirty_uffd.c */
+    struct lb_bitmap *sd_pending;       /* dirty_softdirty.c: per block, read but not handed out */
+    struct lb_bitmap *sd_own;           /* per block: had a page of its own when last read */
+    uint64_t sd_stop_count;
+    bool *sd_given;              /* per block: handed out in this stop */
+    int state_fd;                /* memfd that receives device states */
+    int state_wfd;               /* the same, O_WRONLY, shared with QEMU */
+    int fdset;                   /* number of QEMU's fd set, -1 */
+    char *throttle_path;         /* record of what throttling did, NULL when it did nothing */
+
+    /* filled once by blocks, then immutable */
+    struct lb_qemu_block *blocks;
+    struct lb_ram_block *table;  /* what callers see, same order */
+    unsigned n_blocks;
+};
+
+int lb_qemu_find_blocks(struct lb_hv_vm *vm, struct lb_error *err);
+void lb_qemu_free_blocks(struct lb_hv_vm *vm);
+/* The private part of a block of vm's table. */
+const struct lb_qemu_block *lb_qemu_block(struct lb_hv_vm *vm, const struct lb_ram_block *blk);
+
+/* ------------------------------------------------------------------- ram.c */
+int lb_qemu_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk,
+                      struct lb_bitmap *pages, struct lb_error *err);
+int lb_qemu_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
+                 uint64_t n_pages, void *buf, struct lb_error *err);
+int lb_qemu_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
+                  uint64_t n_pages, const void *buf, struct lb_error *err);
+int lb_qemu_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err);
+
+/* --------------------------------------------------------------- pagemap.c */
+/* PAGEMAP_SCAN over [start, end) of fd (/proc/PID/pagemap); each region found
+ * goes to on_region. */
+struct lb_pagemap_query {
+    uint64_t flags, inverted, mask, anyof, ret;
+};
+int lb_pagemap_scan(int fd, const struct lb_pagemap_query *q, uint64_t start, uint64_t end,
+                    void (*on_region)(uint64_t start, uint64_t end, void *arg), void *arg,
+                    struct lb_error *err);
+/* A scan of a process that died finds an empty address space and reports nothing:
+ * call this after it, with an address that must be there. */
+int lb_qemu_mm_alive(pid_t pid, uint64_t addr, struct lb_error *err);
+/* pagemap words of n pages from addr */
+int lb_pagemap_read(int fd, uint64_t addr, uint64_t n, uint64_t *words, struct lb_error *err);
+
+/* ----------------------------------------------------------------- state.c */
+int lb_qemu_save_begin(struct lb_hv_vm *vm, bool final, struct lb_error *err);
+int lb_qemu_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb_error *err);
+int lb_qemu_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, struct lb_error *err);
+int lb_qemu_run(struct lb_hv_vm *vm, struct lb_error *err);
+void lb_qemu_state_close(struct lb_hv_vm *vm);
+
+/* ---------------------------------------------------------------- launch.c */
+int lb_qemu_launch(const struct lb_vm_desc *desc, const struct lb_launch_opts *opts,
+                   struct lb_hv_vm **out, struct lb_error *err);
+/* Put the last lines of RUN_DIR/qemu.log behind the message of err. */
+void lb_qemu_add_log(const char *run_dir, struct lb_error *err);
+void lb_qemu_remove_run_files(const char *run_dir);
+
+/* -------------------------------------------------------------- describe.c */
+int lb_qemu_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err);
+
+/* --------------------------------------------------------------- cmdline.c */
+
+/* One option of a QEMU command line. */
+struct lb_qemu_opt {
+    char *name;     /* without dashes; "" for a bare argument (a disk image) */
+    char *value;    /* NULL when the option takes none */
+};
+struct lb_qemu_opts {
+    char *emulator;
+    struct lb_qemu_opt *v;
+    unsigned n;
+};
+int lb_qemu_opts_parse(char *const *argv, struct lb_qemu_opts *out, struct lb_error *err);
+void lb_qemu_opts_free(struct lb_qemu_opts *o);
+/* Append; strings are copied. */
+void lb_qemu_opts_add(struct lb_qemu_opts *o, const char *name, const char *value);
+char **lb_qemu_opts_argv(const struct lb_qemu_opts *o);
+bool lb_qemu_opt_is(const struct lb_qemu_opt *o, const char *name);
+/* "a,b=c,,d,e": value of a key, malloc'ed (",," read as ","), or NULL.
+ * key NULL: the first element when it has no '='. */
+char *lb_qemu_prop(const char *value, const char *key);
+/* New string with key=val replaced or added; val NULL: removed. */
+char *lb_qemu_prop_set(const char *value, const char *key, const char *val);
+
+/* -------------------------------------------------------------- throttle.c */
+int lb_qemu_throttle(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err);
+
+/* ------------------------------------------------------------------ qemu.c */
+struct lb_hv_vm *lb_qemu_vm_new(const char *name);
+/* Close everything, free; the VM stays as it is. */
+void lb_qemu_vm_free(struct lb_hv_vm *vm);
+/* After qmp is open: version, machine, run state. */
+int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err);
+/* LB_E_HV: "QEMU (pid N) died"; true when it is dead. */
+bool lb_qemu_dead(int pidfd);
+
+#endif

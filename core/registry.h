@@ -1,0 +1,63 @@
+/*
+ * core/registry.h - the VMs this host knows, as files.
+ *
+ * STATE_DIR/
+ *   identity.key, hosts.json         who we are, whom we trust (netproto)
+ *   vms/NAME/vm.json                 one registry entry; written atomically
+ *   vms/NAME/lock                    locked by the session that works on the VM
+ *   vms/NAME/{qmp.sock,qemu.log,...} private directory of the VM ("run_dir")
+ *   handover/TOKEN.json, TOKEN.lock  hand-over journals (migrate/journal.h)
+ *   history.jsonl                    one line per ended migration
+ *   sessions.sock                    where session processes report to the supervisor
+ *   log/SESSION.log                  one log per session
+ *
+ * The files are the truth; the supervisor keeps no other copy, so it can be
+ * killed at any moment.  An entry is written by whoever holds its lock, or by
+ * the supervisor when nobody does.
+ */
+#ifndef LB_REGISTRY_H
+#define LB_REGISTRY_H
+
+#include "core/core.h"
+
+enum lb_vm_state {
+    LB_VM_RUNNING = 0,      /* guest runs here (or was stopped by its operator) */
+    LB_VM_MIGRATING_OUT,    /* a session works on it; still ours */
+    LB_VM_INCOMING,         /* receiver: not a VM yet */
+    LB_VM_HANDED_OVER,      /* paused here; only the destination's journal decides */
+    LB_VM_DEAD,             /* the process is gone */
+};
+const char *lb_vm_state_name(enum lb_vm_state s);
+int lb_vm_state_parse(const char *name, enum lb_vm_state *out);
+
+struct lb_vm_entry {
+    char name[128];          /* [A-Za-z0-9][A-Za-z0-9._-]{0,62} */
+    char hypervisor[16];     /* "qemu" */
+    struct lb_proc_id proc;
+    char qmp_path[256];
+    char origin[16];         /* "run" | "adopted" | "migrated" */
+    enum lb_vm_state state;
+    char token[33];          /* hex, of the hand-over in progress; "" otherwise */
+    char peer[128];          /* host name of the other side; "" otherwise */
+    uint64_t created_ms, changed_ms;  /* wall clock */
+    char note[256];          /* last remarkable thing, for status */
+};
+
+bool lb_vm_name_valid(const char *name);
+/* STATE_DIR/vms/NAME; created 0700 when make. Caller frees. */
+char *lb_vm_dir(const char *state_dir, const char *name, bool make);
+int lb_vm_entry_load(const char *state_dir, const char *name, struct lb_vm_entry *out,
+                     struct lb_error *err);               /* LB_E_NOT_FOUND */
+int lb_vm_entry_save(const char *state_dir, const struct lb_vm_entry *e, struct lb_error *err);
+/* Forget NAME: its directory goes too, except the files of a process that still lives.
+ * Missing is success. The caller holds the lock, which ends with this. */
+int lb_vm_entry_remove(const char *state_dir, const char *name, struct lb_error *err);
+/* Sorted by name; *v malloc'ed. Broken entries are logged and left out. */
+int lb_vm_entry_list(const char *state_dir, struct lb_vm_entry **v, unsigned *n,
+                     struct lb_error *err);
+/* Take vms/NAME/lock without waiting; returns an fd that holds it, or -1 with
+ * LB_E_STATE "VM NAME is busy: a session works on it" . Freed by close or death. */
+int lb_vm_lock(const char *state_dir, const char *name, struct lb_error *err);
+bool lb_vm_is_locked(const char *state_dir, const char *name);
+
+#endif

@@ -1,0 +1,333 @@
+/* migrate/config.c - the configuration file of one host; see config.h.
+ *
+ * Strict on purpose: an unknown key, a value given twice or a half line is an
+ * error with file and line. A mapping that is silently ignored would show up as
+ * a refused or, worse, a wrongly connected VM much later. */
+#include "migrate/config.h"
+
+#include <errno.h>
+#include <string.h>
+#include <strings.h>
+
+#include "netproto/netproto.h"
+
+enum { MAX_CONFIG_BYTES = 1 << 20, MAX_CHANNELS = 64, MAX_ZSTD_LEVEL = 19 };
+
+static const char remedy_keys[] = "known keys: listen name emulator path tap memory-reserve "
+                                  "bandwidth max-downtime channels compress throttle";
+
+/* Each returns 0 or -1 with what is wrong with the value. */
+typedef int set_fn(struct lb_host_config *c, char *value, struct lb_error *err);
+
+static int copy_value(char *out, size_t cap, const char *value, struct lb_error *err)
+{
+    if (strlen(value) >= cap)
+        return lb_fail(err, LB_E_USAGE, "the value is longer than %zu bytes", cap - 1);
+    memcpy(out, value, strlen(value) + 1);
+    return 0;
+}
+
+static int set_listen(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    char host[256];
+    uint16_t port;
+    if (lb_parse_hostport(value, LB_DEFAULT_PORT, host, &port, err) < 0)
+        return -1;
+    return copy_value(c->listen, sizeof(c->listen), value, err);
+}
+
+static int set_name(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    for (const char *p = value; *p; p++)
+        if ((unsigned char)*p <= ' ' || *p == 0x7f || *p == '/')
+            return lb_fail(err, LB_E_USAGE, "a host name has no blanks and no slashes");
+    return copy_value(c->name, sizeof(c->name), value, err);
+}
+
+/* "FROM -> TO" added to a list. */
+static int add_map(struct lb_path_map **v, unsigned *n, bool absolute, char *value,
+                   struct lb_error *err)
+{
+    char *arrow = strstr(value, "->");
+    if (!arrow)
+        return lb_fail(err, LB_E_USAGE, "\"%s\" is not FROM -> TO", value);
+    char *from = value, *to = arrow + 2;
+    char *end = arrow;
+    to += strspn(to, " \t");
+    while (end > from && (end[-1] == ' ' || end[-1] == '\t'))
+        end--;
+    *end = '\0';
+    if (!*from || !*to)
+        return lb_fail(err, LB_E_USAGE, "one side of -> is empty");
+    if (strstr(to, "->"))
+        return lb_fail(err, LB_E_USAGE, "there is more than one ->");
+    if (absolute && (*from != '/' || *to != '/'))
+        return lb_fail(err, LB_E_USAGE, "both sides must be absolute paths");
+    for (unsigned i = 0; i < *n; i++)
+        if (!strcmp((*v)[i].from, from))
+            return lb_fail(err, LB_E_USAGE, "%s is already mapped to %s", from, (*v)[i].to);
+    *v = lb_realloc(*v, (*n + 1) * sizeof(**v));
+    (*v)[*n].from = lb_strdup(from);
+    (*v)[*n].to = lb_strdup(to);
+    ++*n;
+    return 0;
+}
+
+static int set_emulator(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return add_map(&c->emulators, &c->n_emulators, true, value, err);
+}
+
+static int set_path(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return add_map(&c->paths, &c->n_paths, true, value, err);
+}
+
+static int set_tap(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    if (add_map(&c->taps, &c->n_taps, false, value, err) < 0)
+        return -1;
+    const struct lb_path_map *m = &c->taps[c->n_taps - 1];
+    if (strlen(m->from) > 15 || strlen(m->to) > 15)
+        return lb_fail(err, LB_E_USAGE, "an interface name has at most 15 characters");
+    return 0;
+}
+
+static int set_reserve(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return lb_parse_size(value, &c->memory_reserve_bytes, err);
+}
+
+static int set_bandwidth(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return lb_parse_rate(value, &c->bandwidth_bytes_per_s, err);
+}
+
+static int set_downtime(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    uint64_t ms;
+    if (lb_parse_duration_ms(value, &ms, err) < 0)
+        return -1;
+    if (ms == 0 || ms > 3600000)
+        return lb_fail(err, LB_E_USAGE, "max-downtime is from 1ms to 1h");
+    c->max_downtime_ms = (uint32_t)ms;
+    return 0;
+}
+
+static int set_channels(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    size_t len = strlen(value);
+    if (!strcmp(value, "auto")) {
+        c->channels = 0;
+        return 0;
+    }
+    if (len > 3 || strspn(value, "0123456789") != len || atoi(value) < 1 ||
+        atoi(value) > MAX_CHANNELS)
+        return lb_fail(err, LB_E_USAGE, "channels is auto or a number from 1 to %d", MAX_CHANNELS);
+    c->channels = (uint32_t)atoi(value);
+    return 0;
+}
+
+static int set_compress(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    bool ok = !strcmp(value, "auto") || !strcmp(value, "off") || !strcmp(value, "zstd");
+    if (!strncmp(value, "zstd:", 5)) {
+        char *end;
+        long level = strtol(value + 5, &end, 10);
+        ok = value[5] >= '0' && value[5] <= '9' && !*end && level >= 1 && level <= MAX_ZSTD_LEVEL;
+    }
+    if (!ok)
+        return lb_fail(err, LB_E_USAGE, "compress is auto, off, zstd or zstd:LEVEL (1 to %d)",
+                       MAX_ZSTD_LEVEL);
+    return copy_value(c->compress, sizeof(c->compress), value, err);
+}
+
+static int set_throttle(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    if (!strcasecmp(value, "yes") || !strcasecmp(value, "true") || !strcasecmp(value, "on"))
+        c->throttle = true;
+    else if (!strcasecmp(value, "no") || !strcasecmp(value, "false") || !strcasecmp(value, "off"))
+        c->throttle = false;
+    else
+        return lb_fail(err, LB_E_USAGE, "throttle is yes or no");
+    return 0;
+}
+
+static const struct key {
+    const char *name;
+    bool repeats;
+    set_fn *set;
+} keys[] = {
+    {"listen", false, set_listen},
+    {"name", false, set_name},
+    {"emulator", true, set_emulator},
+    {"path", true, set_path},
+    {"tap", true, set_tap},
+    {"memory-reserve", false, set_reserve},
+    {"bandwidth", false, set_bandwidth},
+    {"max-downtime", false, set_downtime},
+    {"channels", false, set_channels},
+    {"compress", false, set_compress},
+    {"throttle", false, set_throttle},
+};
+
+static const struct key *find_key(const char *name)
+{
+    for (size_t i = 0; i < LB_ARRAY_LEN(keys); i++)
+        if (!strcmp(keys[i].name, name))
+            return &keys[i];
+    return NULL;
+}
+
+static void defaults(struct lb_host_config *c)
+{
+    memset(c, 0, sizeof(*c));
+    snprintf(c->listen, sizeof(c->listen), ":%d", LB_DEFAULT_PORT);
+    if (gethostname(c->name, sizeof(c->name) - 1) < 0 || !c->name[0])
+        snprintf(c->name, sizeof(c->name), "localhost");
+    c->memory_reserve_bytes = UINT64_C(256) << 20;
+    c->max_downtime_ms = 300;
+    snprintf(c->compress, sizeof(c->compress), "auto");
+    c->throttle = true;
+}
+
+static char *trim(char *s)
+{
+    s += strspn(s, " \t\r");
+    size_t len = strlen(s);
+    while (len && strchr(" \t\r", s[len - 1]))
+        s[--len] = '\0';
+    return s;
+}
+
+/* A comment starts with # at the beginning of the line or after a blank, so that
+ * a file name may contain one. */
+static void cut_comment(char *line)
+{
+    for (char *p = line; (p = strchr(p, '#')); p++) {
+        if (p == line || p[-1] == ' ' || p[-1] == '\t') {
+            *p = '\0';
+            return;
+        }
+    }
+}
+
+static int parse_line(struct lb_host_config *c, char *line, uint64_t *seen, struct lb_error *err)
+{
+    cut_comment(line);
+    line = trim(line);
+    if (!*line)
+        return 0;
+    char *eq = strchr(line, '=');
+    if (!eq) {
+        lb_fail(err, LB_E_USAGE, "\"%s\" is not key = value", line);
+        return lb_remedy(err, "%s", remedy_keys);
+    }
+    *eq = '\0';
+    char *name = trim(line), *value = trim(eq + 1);
+    const struct key *k = find_key(name);
+    if (!k) {
+        lb_fail(err, LB_E_USAGE, "unknown key \"%s\"", name);
+        return lb_remedy(err, "%s", remedy_keys);
+    }
+    uint64_t bit = UINT64_C(1) << (k - keys);
+    if (!*value)
+        return lb_fail(err, LB_E_USAGE, "%s has no value", name);
+    if (!k->repeats && (*seen & bit))
+        return lb_fail(err, LB_E_USAGE, "%s is given twice", name);
+    *seen |= bit;
+    if (k->set(c, value, err) < 0)
+        return lb_context(err, "%s", name);
+    return 0;
+}
+
+int lb_config_load(const char *path, struct lb_host_config *out, struct lb_error *err)
+{
+    struct lb_host_config c;
+    struct lb_error why = LB_ERROR_INIT;
+    LB_AUTO_FREE char *text = NULL;
+    size_t len = 0;
+    uint64_t seen = 0;
+    unsigned line_no = 0;
+
+    defaults(&c);
+    if (path && lb_file_read(path, MAX_CONFIG_BYTES, &text, &len, &why) < 0) {
+        if (why.sys_errno != ENOENT || strcmp(path, LB_CONFIG_DEFAULT_PATH)) {
+            if (err)
+                *err = why;
+            if (err && !err->remedy[0])
+                lb_remedy(err, "check the file given with --config");
+            return -1;
+        }
+    }
+    if (text && strlen(text) != len)
+        return lb_fail(err, LB_E_USAGE, "%s is not a text file", path);
+    for (char *line = text; line && *line;) {
+        char *next = strchr(line, '\n');
+        if (next)
+            *next++ = '\0';
+        line_no++;
+        if (parse_line(&c, line, &seen, err) < 0) {
+            lb_config_free(&c);
+            return lb_context(err, "%s:%u", path, line_no);
+        }
+        line = next;
+    }
+    *out = c;
+    return 0;
+}
+
+static void free_maps(struct lb_path_map *v, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++) {
+        free(v[i].from);
+        free(v[i].to);
+    }
+    free(v);
+}
+
+void lb_config_free(struct lb_host_config *c)
+{
+    if (!c)
+        return;
+    free_maps(c->emulators, c->n_emulators);
+    free_maps(c->paths, c->n_paths);
+    free_maps(c->taps, c->n_taps);
+    memset(c, 0, sizeof(*c));
+}
+
+char *lb_map_path(const struct lb_path_map *maps, unsigned n, const char *path)
+{
+    const struct lb_path_map *best = NULL;
+    size_t best_len = 0;
+
+    for (unsigned i = 0; i < n; i++) {
+        size_t len = strlen(maps[i].from);
+        while (len > 1 && maps[i].from[len - 1] == '/') /* "/run/vm/" is "/run/vm" */
+            len--;
+        bool whole = path[0] && !strncmp(path, maps[i].from, len) &&
+                     (path[len] == '\0' || path[len] == '/' || maps[i].from[len - 1] == '/');
+        if (whole && len > best_len) {
+            best = &maps[i];
+            best_len = len;
+        }
+    }
+    if (!best)
+        return lb_strdup(path);
+    const char *rest = path + best_len;
+    size_t to_len = strlen(best->to);
+    while (to_len > 1 && best->to[to_len - 1] == '/')
+        to_len--;
+    if (to_len == 1 && *rest == '/') /* "/" + "/x" */
+        to_len = 0;
+    return lb_asprintf("%.*s%s%s", (int)to_len, best->to,
+                       *rest && *rest != '/' && to_len > 0 && best->to[to_len - 1] != '/' ? "/" : "", rest);
+}
+
+const char *lb_map_name(const struct lb_path_map *maps, unsigned n, const char *name)
+{
+    for (unsigned i = 0; i < n; i++)
+        if (!strcmp(maps[i].from, name))
+            return maps[i].to;
+    return name;
+}

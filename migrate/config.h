@@ -1,0 +1,49 @@
+/*
+ * migrate/config.h - the configuration file of one host (lifeboatd --config).
+ *
+ * Lines of `key = value`, # comments:
+ *   listen = 0.0.0.0:7007
+ *   name = hostA                          # how we call ourselves in messages
+ *   emulator = /usr/bin/qemu-system-x86_64 -> /opt/qemu/bin/qemu-system-x86_64
+ *   path = /run/vm-a -> /run/vm-b         # prefix, in files and sockets of incoming command lines
+ *   tap = tap0 -> vnet3
+ *   memory-reserve = 512M                 # never promised to an incoming VM
+ *   bandwidth = 1Gbit                     # default of migrate
+ *   max-downtime = 300ms                  # allowed; we aim at 30 ms
+ *   channels = 2
+ *   compress = auto
+ *   throttle = yes
+ */
+#ifndef LB_CONFIG_H
+#define LB_CONFIG_H
+
+#include "core/core.h"
+#include "core/hv.h"
+
+struct lb_host_config {
+    char listen[280];
+    char name[128];
+    struct lb_path_map *emulators, *paths, *taps;
+    unsigned n_emulators, n_paths, n_taps;
+    uint64_t memory_reserve_bytes;   /* default 256 MiB */
+    uint64_t bandwidth_bytes_per_s;  /* default 0: no limit */
+    uint32_t max_downtime_ms;        /* default 300 */
+    uint32_t channels;               /* default 0: automatic */
+    char compress[32];               /* "auto" | "off" | "zstd" | "zstd:LEVEL" */
+    bool throttle;
+};
+#define LB_CONFIG_DEFAULT_PATH "/etc/lifeboat/lifeboatd.conf"
+
+/* path NULL: defaults. LB_CONFIG_DEFAULT_PATH may be missing (defaults), any other
+ * path may not. Errors (LB_E_USAGE) name file and line; *out is untouched on failure. */
+int lb_config_load(const char *path, struct lb_host_config *out, struct lb_error *err);
+void lb_config_free(struct lb_host_config *c); /* leaves it zeroed; NULL is fine */
+
+/* What a file name of an incoming command line is called here: the longest matching
+ * prefix is replaced, whole path components only ("/run/vm-a" does not match
+ * "/run/vm-ab"). Caller frees. */
+char *lb_map_path(const struct lb_path_map *maps, unsigned n, const char *path);
+/* Whole-name replacement (emulators, taps). Returns `name` or a string owned by maps. */
+const char *lb_map_name(const struct lb_path_map *maps, unsigned n, const char *name);
+
+#endif

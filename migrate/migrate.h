@@ -1,0 +1,135 @@
+/*
+ * migrate/migrate.h - live migration: the two session roles, their policy and
+ * their journal.
+ *
+ *   source (migrate-out)                       destination (migrate-in)
+ *   CONNECT    Noise channel, MigrateRequest   PREFLIGHT  checks, report
+ *   PREFLIGHT  report read                     LAUNCH     receiver started, RAM mapped
+ *   ROUNDS     stop/clean/cont, send           RECEIVE    pages placed as they come
+ *   FINAL      stop, last pages, device state  LOAD       state loaded, still paused, digest
+ *   WAIT       for Prepared               <--- PREPARED
+ *   HANDED_OVER journal, fsync, Commit    ---> COMMIT     journal RUNNING, fsync, run
+ *   DONE       destroy own copy           <--- RUNNING    announce
+ *   Anything wrong before HANDED_OVER: the guest continues on the source, the
+ *   destination throws its receiver away. After it, the destination's journal
+ *   alone decides (lb_handover_*): see journal.h.
+ *
+ * Each role is one process with these threads: the engine thread (this API, all
+ * state), one worker per bulk connection, and a control reader on the source.
+ */
+#ifndef LB_MIGRATE_H
+#define LB_MIGRATE_H
+
+#include "core/core.h"
+#include "core/hv.h"
+#include "core/registry.h"
+#include "netproto/netproto.h"
+
+enum lb_compress { LB_COMPRESS_AUTO = 0, LB_COMPRESS_OFF, LB_COMPRESS_ZSTD };
+
+/* We always try for a pause that clients do not notice, and use more of what is
+ * allowed only when the guest does not let us (policy.h). */
+#define LB_AIM_DOWNTIME_MS 30
+#define LB_DEFAULT_MAX_DOWNTIME_MS 300
+
+struct lb_migrate_opts {
+    uint64_t bandwidth_bytes_per_s; /* 0 = no limit */
+    uint32_t max_downtime_ms;       /* longest pause allowed; 0 = LB_DEFAULT_MAX_DOWNTIME_MS */
+    uint32_t channels;              /* 0 = auto */
+    enum lb_compress compress;
+    int zstd_level;                 /* with LB_COMPRESS_ZSTD; 0 = 1 */
+    bool verify;
+    uint64_t timeout_ms;            /* 0 = none: give up (source continues) after this */
+    bool dry_run;
+    bool insecure_plaintext;
+    bool allow_throttle;            /* default true: last but one step of the ladder */
+};
+
+/* What the outside sees while it works. Numbers are for people and JSON alike;
+ * percent never goes down. */
+struct lb_progress {
+    const char *state;          /* name of the session state, lower case */
+    uint32_t round;
+    double percent;             /* 0..100 of the whole job, monotonic */
+    uint64_t ram_bytes;         /* all guest memory */
+    uint64_t sent_bytes;        /* wire */
+    uint64_t remaining_pages;   /* of this round */
+    uint64_t dirty_pages;       /* found at the start of this round */
+    double dirty_rate_bytes_per_s;
+    double throughput_bytes_per_s;  /* wire, last second */
+    double predicted_downtime_ms;
+    double eta_s;               /* < 0: unknown */
+    int converges;              /* 1 yes, 0 no, -1 not known yet */
+    unsigned throttle_percent;
+    int zstd_level;
+    char note[200];             /* last ladder step and its reason */
+};
+
+struct lb_migrate_result {
+    bool ok;                    /* the VM runs on the destination */
+    bool dry_run;
+    uint32_t rounds;
+    uint64_t wire_bytes, zero_pages, raw_pages, zstd_pages;
+    double total_ms;            /* connect to acknowledged */
+    double setup_ms;            /* connect, preflight, launch of the receiver */
+    double downtime_ms;         /* stop on the source to Running from the destination */
+    double load_ms, final_dirty_pages;
+    char digest[33];            /* hex when verified */
+    struct lb_error error;      /* when !ok */
+    char final_state[32];       /* source: "running" | "handed-over" | "moved" */
+};
+
+/* Provided by the session process (cmd/daemon/session.c), or a test. */
+struct lb_session_env {
+    const char *state_dir;
+    uint8_t session_id[LB_SESSION_ID_BYTES];
+    const struct lb_hv_ops *hv;
+    const struct lb_identity *identity;
+    int cancel_fd;              /* readable = cancel wanted (eventfd); polled, never read */
+    /* Called from the engine thread, at most 10/s and on every state change. */
+    void (*report)(const struct lb_progress *p, void *arg);
+    /* Preflight lines, once, before anything is touched. json: array of {id,status,message,remedy}. */
+    void (*preflight)(const char *json, void *arg);
+    /* Destination: from now on route bulk connections of this session to us. Returns when the
+     * supervisor knows. */
+    int (*want_conns)(const uint8_t session_id[LB_SESSION_ID_BYTES], const char *vm,
+                      struct lb_error *err, void *arg);
+    /* Destination: wait for the next bulk connection of this session routed to us by the
+     * supervisor (preamble consumed). Returns a socket or -1. */
+    int (*take_conn)(unsigned timeout_ms, struct lb_error *err, void *arg);
+    void *arg;
+    const char *config_path;    /* host configuration (migrate/config.h); NULL = none */
+};
+
+/* Source. vm entry must be locked by this process. Blocks until the end. On
+ * return the registry entry says where the VM is; res is always filled; returns
+ * 0 when the VM moved (or the dry run passed). */
+int lb_migrate_out(const struct lb_session_env *env, const struct lb_vm_entry *vm,
+                   const struct lb_host *to, const struct lb_migrate_opts *opts,
+                   struct lb_migrate_result *res, struct lb_error *err);
+
+/* Destination: serve one channel whose peer is trusted: MigrateRequest,
+ * HandoverQuery or Ping. Blocks until the channel's work is done. `peer` is the
+ * trusted host's name. vm_name[128] is filled as soon as it is known. */
+int lb_serve_channel(const struct lb_session_env *env, struct lb_chan *chan, const char *peer,
+                     char *vm_name, struct lb_error *err);
+
+/* Bring one VM of this host to a decided state after a crash; called by the
+ * supervisor at start, when a session died, and by `lifeboat recover`. The
+ * caller holds the VM's lock. Looks at the entry, the journal, the process, and asks the peer
+ * when only the peer knows. text: one line for people, what was found and done.
+ * LB_E_UNDECIDED: the peer could not be asked; the VM stays paused. */
+int lb_recover_vm(const struct lb_session_env *env, const char *vm_name, char text[512],
+                  struct lb_error *err);
+
+/* One line of history.jsonl as JSON text; caller frees. */
+char *lb_migrate_result_json(const struct lb_vm_entry *vm, const char *peer, const char *direction,
+                             uint64_t started_wall_ms, const struct lb_migrate_result *res);
+char *lb_progress_json(const struct lb_progress *p);
+
+/* LIFEBOAT_PAUSE_AT=STATE[:ms] in the environment of a session makes it wait at
+ * that point of the hand-over (the fault matrix kills it there). Points: see
+ * the table in migrate/points.c. Creates FILE given by LIFEBOAT_PAUSE_FILE when there. */
+void lb_point(const char *name);
+
+#endif

@@ -1,0 +1,1006 @@
+/*
+ * The whole engine - both sessions, real TCP on loopback, real journals - with
+ * in-process guests that know what every one of their pages must hold.
+ *
+ * Each test ends with the same question: exactly one guest of the name runs,
+ * every page of it is right, and nothing is left on the other side.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+
+#include "core/fake/fake.h"
+#include "migrate/desc_proto.h"
+#include "migrate/journal.h"
+#include "migrate/migrate_internal.h"
+#include "netproto/netproto.h"
+
+/* ------------------------------------------------------------------- two hosts */
+
+struct host {
+    char name[16];
+    char dir[64];
+    struct lb_identity id;
+    int listen_fd;
+    uint16_t port;
+    pthread_t thread;
+    pthread_mutex_t mu;
+    pthread_cond_t cond;
+    int conns[64];
+    unsigned n_conns, serving;
+    uint8_t want[LB_SESSION_ID_BYTES];
+    bool quit;
+};
+static struct host A, B;
+
+/* What the wire between them does to the source's bytes. */
+static struct proxy {
+    int listen_fd;
+    uint16_t port, to;
+    pthread_t thread;
+    int64_t slow;         /* connection number that delivers late; -1: none */
+    int64_t conn, at;     /* damage byte `at` of connection number `conn`; -1: none */
+    bool cut;             /* end the connection there instead of flipping a bit */
+    int64_t seen;
+    bool hit, quit;
+} px;
+
+static int listen_any(uint16_t *port)
+{
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t len = sizeof(a);
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    assert_return_code(bind(fd, (struct sockaddr *)&a, sizeof(a)), errno);
+    assert_return_code(listen(fd, 64), errno);
+    assert_return_code(getsockname(fd, (struct sockaddr *)&a, &len), errno);
+    *port = ntohs(a.sin_port);
+    return fd;
+}
+
+static bool is_trusted(const uint8_t pub[LB_KEY_BYTES], void *arg)
+{
+    struct host *h = arg;
+    struct lb_hosts v = {0};
+    bool ok = !lb_hosts_load(h->dir, &v, NULL) && lb_hosts_by_key(&v, pub);
+
+    lb_hosts_free(&v);
+    return ok;
+}
+
+static int want_conns(const uint8_t id[LB_SESSION_ID_BYTES], const char *vm, struct lb_error *err,
+                      void *arg)
+{
+    struct host *h = arg;
+
+    (void)vm, (void)err;
+    memcpy(h->want, id, LB_SESSION_ID_BYTES);
+    return 0;
+}
+
+static int take_conn(unsigned timeout_ms, struct lb_error *err, void *arg)
+{
+    struct host *h = arg;
+    int fd = -1;
+
+    for (unsigned i = 0; i < timeout_ms / 5 && fd < 0; i++) {
+        pthread_mutex_lock(&h->mu);
+        if (h->n_conns) {
+            fd = h->conns[0];
+            memmove(h->conns, h->conns + 1, sizeof(int) * --h->n_conns);
+        }
+        pthread_mutex_unlock(&h->mu);
+        if (fd < 0)
+            lb_sleep_ms(5);
+    }
+    return fd >= 0 ? fd : lb_fail(err, LB_E_NET, "no bulk connection came");
+}
+
+static double last_percent;
+static void on_report(const struct lb_progress *p, void *arg)
+{
+    (void)arg;
+    assert_true(p->percent >= last_percent);
+    last_percent = p->percent;
+}
+
+static struct lb_session_env env_of(struct host *h)
+{
+    return (struct lb_session_env){.state_dir = h->dir, .hv = &lb_hv_fake, .identity = &h->id,
+                                   .cancel_fd = -1, .want_conns = want_conns,
+                                   .take_conn = take_conn, .arg = h};
+}
+
+struct conn {
+    struct host *h;
+    int fd;
+};
+
+static void *conn_main(void *arg)
+{
+    struct conn *c = arg;
+    struct host *h = c->h;
+    uint8_t pre[LB_PREAMBLE_BYTES];
+    struct lb_preamble p;
+    struct lb_chan *chan;
+    struct lb_session_env env = env_of(h);
+    char vm[128] = "";
+
+    if (lb_read_all(c->fd, pre, sizeof(pre), NULL) || lb_preamble_parse(pre, &p, NULL)) {
+        close(c->fd);
+    } else if (p.kind == 'D' && memcmp(p.session_id, h->want, sizeof(h->want))) {
+        close(c->fd);
+    } else if (p.kind == 'D') {
+        pthread_mutex_lock(&h->mu);
+        h->conns[h->n_conns++] = c->fd;
+        pthread_mutex_unlock(&h->mu);
+    } else if (!lb_chan_accept(lb_tcp_from_fd(c->fd), &h->id, is_trusted, h, 5000, &chan, NULL)) {
+        struct lb_hosts v = {0};
+        const struct lb_host *peer;
+
+        lb_hosts_load(h->dir, &v, NULL);
+        peer = lb_hosts_by_key(&v, lb_chan_peer_key(chan));
+        lb_serve_channel(&env, chan, peer->name, vm, NULL);
+        lb_chan_close(chan);
+        lb_hosts_free(&v);
+    }
+    pthread_mutex_lock(&h->mu);
+    h->serving--;
+    pthread_mutex_unlock(&h->mu);
+    free(c);
+    return NULL;
+}
+
+static void *host_main(void *arg)
+{
+    struct host *h = arg;
+
+    for (;;) {
+        int fd = accept4(h->listen_fd, NULL, NULL, SOCK_CLOEXEC);
+        struct conn *c;
+        pthread_t t;
+
+        if (fd < 0 || h->quit)
+            return NULL;
+        c = lb_alloc(sizeof(*c));
+        c->h = h;
+        c->fd = fd;
+        pthread_mutex_lock(&h->mu);
+        h->serving++;
+        pthread_mutex_unlock(&h->mu);
+        pthread_create(&t, NULL, conn_main, c);
+        pthread_detach(t);
+    }
+}
+
+static void host_up(struct host *h, const char *name)
+{
+    memset(h, 0, sizeof(*h));
+    snprintf(h->name, sizeof(h->name), "%s", name);
+    snprintf(h->dir, sizeof(h->dir), "/tmp/lb-test-%s-XXXXXX", name);
+    assert_non_null(mkdtemp(h->dir));
+    assert_return_code(lb_identity_load(h->dir, &h->id, NULL), 0);
+    pthread_mutex_init(&h->mu, NULL);
+    h->listen_fd = listen_any(&h->port);
+    pthread_create(&h->thread, NULL, host_main, h);
+}
+
+static void host_down(struct host *h)
+{
+    h->quit = true;
+    shutdown(h->listen_fd, SHUT_RDWR);
+    pthread_join(h->thread, NULL);
+    close(h->listen_fd);
+    lb_remove_tree(h->dir, NULL);
+}
+
+static void idle(struct host *h)
+{
+    for (int i = 0; i < 4000; i++) {
+        unsigned n;
+
+        pthread_mutex_lock(&h->mu);
+        n = h->serving;
+        while (h->n_conns)
+            close(h->conns[--h->n_conns]);
+        pthread_mutex_unlock(&h->mu);
+        if (!n)
+            return;
+        lb_sleep_ms(5);
+    }
+    fail_msg("the destination session did not end");
+}
+
+/* ------------------------------------------------------------------- the wire */
+
+struct pipe_end {
+    int from, to;
+    bool first;
+};
+
+static void *pump_main(void *arg)
+{
+    struct pipe_end *p = arg;
+    int64_t conn = p->first ? px.seen++ : -2, at = 0;
+    struct pollfd ready = {.fd = p->from, .events = POLLIN};
+    uint8_t buf[65536];
+    bool waited;
+    ssize_t n;
+
+    while ((waited = poll(&ready, 1, 0) == 0), (n = read(p->from, buf, sizeof(buf))) > 0) {
+        if (conn == px.conn && px.at >= at && px.at < at + n) {
+            px.hit = true;
+            if (px.cut)
+                break;
+            buf[px.at - at] ^= 0x10;
+        }
+        if (conn == px.slow && conn >= 0 && waited)
+            lb_sleep_ms(200); /* late, not slow: what follows comes at full speed */
+        if (lb_write_all(p->to, buf, (size_t)n, NULL))
+            break;
+        at += n;
+    }
+    shutdown(p->to, SHUT_RDWR);
+    shutdown(p->from, SHUT_RDWR);
+    return NULL;
+}
+
+static void *relay_main(void *arg)
+{
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+                            .sin_port = htons(px.to)};
+    int in = *(int *)arg, out = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    struct pipe_end up = {in, out, true}, down = {out, in, false};
+    pthread_t t;
+
+    free(arg);
+    if (!connect(out, (struct sockaddr *)&a, sizeof(a))) {
+        pthread_create(&t, NULL, pump_main, &down);
+        pump_main(&up);
+        pthread_join(t, NULL);
+    }
+    close(in);
+    close(out);
+    return NULL;
+}
+
+static void *proxy_main(void *arg)
+{
+    (void)arg;
+    for (;;) {
+        int *fd = lb_alloc(sizeof(int));
+        pthread_t t;
+
+        *fd = accept4(px.listen_fd, NULL, NULL, SOCK_CLOEXEC);
+        if (*fd < 0 || px.quit) {
+            free(fd);
+            return NULL;
+        }
+        pthread_create(&t, NULL, relay_main, fd);
+        pthread_detach(t);
+        lb_sleep_ms(2); /* connection numbers follow the order of accepts */
+    }
+}
+
+/* ------------------------------------------------------------------- fixtures */
+
+static void trust(struct host *who, struct host *whom, uint16_t port)
+{
+    struct lb_host h = {0};
+
+    snprintf(h.name, sizeof(h.name), "%s", whom->name);
+    snprintf(h.address, sizeof(h.address), "127.0.0.1:%u", port);
+    memcpy(h.pub, whom->id.pub, LB_KEY_BYTES);
+    assert_return_code(lb_hosts_trust(who->dir, &h, NULL), 0);
+}
+
+static int group_up(void **state)
+{
+    (void)state;
+    lb_log_set_level(getenv("LB_TEST_LOG") ? LB_LOG_DEBUG : LB_LOG_ERROR);
+    if (!getenv("LB_TEST_LOG"))
+        lb_log_set_fd(eventfd(0, EFD_CLOEXEC)); /* failures are the subject, not news */
+    host_up(&A, "A");
+    host_up(&B, "B");
+    px.conn = px.slow = -1;
+    px.listen_fd = listen_any(&px.port);
+    px.to = B.port;
+    pthread_create(&px.thread, NULL, proxy_main, NULL);
+    trust(&A, &B, px.port);
+    trust(&B, &A, A.port);
+    return 0;
+}
+
+static int group_down(void **state)
+{
+    (void)state;
+    px.quit = true;
+    shutdown(px.listen_fd, SHUT_RDWR);
+    pthread_join(px.thread, NULL);
+    close(px.listen_fd);
+    host_down(&A);
+    host_down(&B);
+    return 0;
+}
+
+static lb_fake_id boot(const struct lb_fake_config *c, struct lb_vm_entry *e)
+{
+    lb_fake_id id;
+    struct lb_error err = LB_ERROR_INIT;
+
+    last_percent = 0;
+    if (lb_fake_start(c, &id, &err))
+        fail_msg("%s", err.message);
+    memset(e, 0, sizeof(*e));
+    snprintf(e->name, sizeof(e->name), "%s", c->name);
+    snprintf(e->hypervisor, sizeof(e->hypervisor), "fake");
+    snprintf(e->origin, sizeof(e->origin), "run");
+    lb_fake_address(id, e->qmp_path);
+    lb_proc_identify(getpid(), &e->proc, NULL);
+    assert_return_code(lb_vm_entry_save(A.dir, e, NULL), 0);
+    return id;
+}
+
+static int migrate_cancel(const struct lb_vm_entry *e, const struct lb_migrate_opts *o, int cancel,
+                          struct lb_migrate_result *res, struct lb_error *err)
+{
+    struct lb_session_env env = env_of(&A);
+    struct lb_hosts v = {0};
+    int rc;
+
+    env.report = on_report;
+    env.cancel_fd = cancel;
+    for (int i = 0; i < LB_SESSION_ID_BYTES; i++)
+        env.session_id[i] = (uint8_t)rand();
+    px.seen = 0;
+    px.hit = false;
+    lb_hosts_load(A.dir, &v, NULL);
+    rc = lb_migrate_out(&env, e, lb_hosts_by_name(&v, "B"), o, res, err);
+    lb_hosts_free(&v);
+    idle(&B);
+    return rc;
+}
+
+static int migrate(const struct lb_vm_entry *e, const struct lb_migrate_opts *o,
+                   struct lb_migrate_result *res, struct lb_error *err)
+{
+    int cancel = eventfd(0, EFD_CLOEXEC), rc = migrate_cancel(e, o, cancel, res, err);
+
+    close(cancel);
+    return rc;
+}
+
+static lb_fake_id id_in(struct host *h, const char *name)
+{
+    struct lb_vm_entry e;
+
+    if (lb_vm_entry_load(h->dir, name, &e, NULL))
+        return 0;
+    return strtoull(e.qmp_path + 5, NULL, 10);
+}
+
+/* Exactly one, right, on `where`; the other host knows nothing of it. */
+static void check_one(const char *name, struct host *where, struct host *not_here, uint64_t nonce)
+{
+    struct lb_fake_stats st;
+    struct lb_vm_entry e;
+    uint64_t bad = 1;
+    lb_fake_id id = id_in(where, name);
+
+    assert_int_equal(lb_fake_running(name), 1);
+    assert_int_equal(lb_fake_count(name), 1);
+    assert_return_code(lb_fake_stats(id, &st, NULL), 0);
+    assert_true(st.running && st.holds_disk && !st.throttle_percent);
+    assert_true(st.nonce == nonce);
+    assert_return_code(lb_fake_verify(id, &bad, NULL), 0);
+    assert_int_equal(bad, 0);
+    assert_return_code(lb_vm_entry_load(where->dir, name, &e, NULL), 0);
+    assert_int_equal(e.state, LB_VM_RUNNING);
+    assert_int_equal(lb_vm_entry_load(not_here->dir, name, &e, NULL), -1);
+}
+
+static uint64_t nonce_of(lb_fake_id id)
+{
+    struct lb_fake_stats st;
+
+    assert_return_code(lb_fake_stats(id, &st, NULL), 0);
+    return st.nonce;
+}
+
+static void clean(const char *name)
+{
+    lb_fake_reset();
+    lb_vm_entry_remove(A.dir, name, NULL);
+    lb_vm_entry_remove(B.dir, name, NULL);
+    px.conn = -1;
+}
+
+/* Before each test: nothing that a failed one left behind. */
+static int fresh(void **state)
+{
+    static const char *const names[] = {"vm", "small", "big", "wild"};
+
+    (void)state;
+    for (unsigned i = 0; i < LB_ARRAY_LEN(names); i++)
+        clean(names[i]);
+    px.slow = -1;
+    px.to = B.port;
+    return 0;
+}
+
+static const struct lb_migrate_opts plain = {.max_downtime_ms = 30, .allow_throttle = true};
+static const struct lb_fake_config small = {.name = "small", .ram_bytes = 8 << 20,
+                                            .touched_pages = 1000, .rate_pages_per_s = 3000,
+                                            .working_set_pages = 600};
+
+/* ----------------------------------------------------------------------- tests */
+
+static void run_variant(const struct lb_fake_config *c, const struct lb_migrate_opts *o)
+{
+    struct lb_vm_entry e;
+    struct lb_migrate_result res;
+    struct lb_error err = LB_ERROR_INIT;
+    lb_fake_id id = boot(c, &e);
+    uint64_t nonce = nonce_of(id);
+
+    if (migrate(&e, o, &res, &err))
+        fail_msg("%s / %s", err.message, err.remedy);
+    assert_true(res.ok);
+    assert_string_equal(res.final_state, "moved");
+    assert_true(res.rounds >= 1);
+    assert_true(res.downtime_ms > 0 && res.total_ms >= res.downtime_ms);
+    check_one(c->name, &B, &A, nonce);
+    clean(c->name);
+}
+
+static void test_variants(void **state)
+{
+    struct lb_fake_config c = {.name = "vm", .ram_bytes = 64 << 20, .touched_pages = 12000,
+                               .rate_pages_per_s = 20000, .working_set_pages = 8000};
+    struct lb_migrate_opts o = plain;
+
+    (void)state;
+    run_variant(&c, &o);
+    for (unsigned n = 2; n <= 5; n += 3) {
+        o.channels = n;
+        run_variant(&c, &o);
+    }
+    o.verify = true;
+    run_variant(&c, &o);
+    o.compress = LB_COMPRESS_ZSTD;
+    o.zstd_level = 3;
+    run_variant(&c, &o);
+    o.compress = LB_COMPRESS_OFF;
+    o.insecure_plaintext = true;
+    run_variant(&c, &o);
+    c.no_map = true;
+    run_variant(&c, &o);
+    o = plain;
+    o.channels = 3;
+    o.verify = true;
+    run_variant(&c, &o);
+    c.rate_pages_per_s = 0;
+    run_variant(&c, &o);
+    o.bandwidth_bytes_per_s = 40 << 20;
+    run_variant(&c, &o);
+}
+
+static void test_there_and_back(void **state)
+{
+    struct lb_vm_entry e;
+    struct lb_migrate_result res;
+    uint64_t nonce = nonce_of(boot(&small, &e));
+
+    (void)state;
+    assert_return_code(migrate(&e, &plain, &res, NULL), 0);
+    assert_return_code(lb_vm_entry_load(B.dir, "small", &e, NULL), 0);
+    {
+        struct lb_session_env env = env_of(&B);
+        struct lb_hosts v = {0};
+        int cancel = eventfd(0, EFD_CLOEXEC);
+
+        env.cancel_fd = cancel;
+        memset(env.session_id, 7, sizeof(env.session_id));
+        lb_hosts_load(B.dir, &v, NULL);
+        assert_return_code(
+            lb_migrate_out(&env, &e, lb_hosts_by_name(&v, "A"), &plain, &res, NULL), 0);
+        lb_hosts_free(&v);
+        close(cancel);
+        idle(&A);
+    }
+    check_one("small", &A, &B, nonce);
+    clean("small");
+}
+
+static void test_dry_run(void **state)
+{
+    struct lb_migrate_opts o = plain;
+    struct lb_vm_entry e;
+    struct lb_migrate_result res;
+    uint64_t nonce = nonce_of(boot(&small, &e));
+
+    (void)state;
+    o.dry_run = true;
+    assert_return_code(migrate(&e, &o, &res, NULL), 0);
+    assert_false(res.ok);
+    check_one("small", &A, &B, nonce);
+    clean("small");
+}
+
+/* Every call of every slot on both sides fails once. */
+static void test_slot_faults(void **state)
+{
+    unsigned long runs = 0, kept = 0, went = 0;
+
+    (void)state;
+    for (int slot = 0; slot < LB_FAKE_N_SLOTS; slot++) {
+        for (unsigned nth = 1; nth <= 40; nth += nth < 6 ? 1 : 9) {
+            struct lb_vm_entry e;
+            struct lb_migrate_result res;
+            struct lb_error err = LB_ERROR_INIT;
+            uint64_t nonce = nonce_of(boot(&small, &e)), calls;
+            int rc;
+
+            lb_fake_fail((enum lb_fake_slot)slot, nth, LB_E_HV);
+            calls = lb_fake_calls((enum lb_fake_slot)slot);
+            rc = migrate(&e, &plain, &res, &err);
+            calls = lb_fake_calls((enum lb_fake_slot)slot) - calls;
+            runs++;
+            if (rc) {
+                kept++;
+                assert_true(err.message[0]);
+                check_one("small", &A, &B, nonce);
+            } else {
+                went++;
+                check_one("small", &B, &A, nonce);
+            }
+            clean("small");
+            if (calls < nth)
+                break;
+        }
+    }
+    print_message("%lu runs: %lu stayed, %lu moved\n", runs, kept, went);
+    assert_true(kept > 10 && went > 10);
+}
+
+/* The receiver, or the VM itself, dies at any of its calls. */
+static void test_deaths(void **state)
+{
+    static const enum lb_fake_slot dest[] = {LB_FAKE_PREPARE_RAM, LB_FAKE_LOAD_STATE, LB_FAKE_RUN};
+
+    (void)state;
+    for (unsigned i = 0; i < LB_ARRAY_LEN(dest); i++) {
+        struct lb_vm_entry e;
+        struct lb_migrate_result res;
+        struct lb_error err = LB_ERROR_INIT;
+        uint64_t nonce = nonce_of(boot(&small, &e));
+
+        lb_fake_die(dest[i], 1);
+        assert_int_equal(migrate(&e, &plain, &res, &err), -1);
+        assert_string_equal(res.final_state, "running");
+        check_one("small", &A, &B, nonce);
+        clean("small");
+    }
+    for (int slot = LB_FAKE_LOG_ENABLE; slot <= LB_FAKE_SAVE_END; slot++) {
+        struct lb_vm_entry e, after;
+        struct lb_migrate_result res;
+        struct lb_error err = LB_ERROR_INIT;
+
+        if (slot == LB_FAKE_LOG_DISABLE || slot == LB_FAKE_READ)
+            continue;
+        boot(&small, &e);
+        lb_fake_die((enum lb_fake_slot)slot, 1);
+        assert_int_equal(migrate(&e, &plain, &res, &err), -1);
+        assert_int_equal(lb_fake_running("small"), 0);
+        assert_return_code(lb_vm_entry_load(A.dir, "small", &after, NULL), 0);
+        assert_int_equal(after.state, LB_VM_DEAD);
+        assert_int_equal(lb_vm_entry_load(B.dir, "small", &after, NULL), -1);
+        clean("small");
+    }
+}
+
+/* Bits flipped and connections cut at many places of every connection. */
+static void test_wire_faults(void **state)
+{
+    unsigned hits = 0;
+
+    (void)state;
+    for (int conn = 0; conn < 3; conn++) {
+        for (int cut = 0; cut < 2; cut++) {
+            for (int64_t at = 0; at < 3000000; at = at * 5 / 2 + 13) {
+                struct lb_migrate_opts o = plain;
+                struct lb_vm_entry e;
+                struct lb_migrate_result res;
+                struct lb_error err = LB_ERROR_INIT;
+                uint64_t nonce = nonce_of(boot(&small, &e));
+                int rc;
+
+                o.channels = 2;
+                o.compress = LB_COMPRESS_OFF;
+                px.conn = conn;
+                px.at = at;
+                px.cut = cut;
+                rc = migrate(&e, &o, &res, &err);
+                px.conn = -1;
+                hits += px.hit;
+                /* Damage may also come after the commit; then the journal is asked. */
+                if (rc)
+                    check_one("small", &A, &B, nonce);
+                else
+                    check_one("small", &B, &A, nonce);
+                if (px.hit && !rc)
+                    assert_int_equal(conn, 0);
+                clean("small");
+            }
+        }
+    }
+    print_message("%u damaged migrations\n", hits);
+    assert_true(hits > 40);
+}
+
+static void *cancel_later(void *arg)
+{
+    int *v = arg;
+    uint64_t one = 1;
+
+    lb_sleep_ms((unsigned)v[1]);
+    assert_int_equal(write(v[0], &one, sizeof(one)), sizeof(one));
+    return NULL;
+}
+
+static void test_cancel(void **state)
+{
+    struct lb_fake_config c = {.name = "big", .ram_bytes = 64 << 20, .touched_pages = 14000,
+                               .rate_pages_per_s = 5000, .working_set_pages = 9000,
+                               .random_bytes = 4096};
+    struct lb_migrate_opts o = plain;
+    unsigned cancelled = 0;
+
+    (void)state;
+    o.bandwidth_bytes_per_s = 60 << 20;
+    for (int ms = 0; ms < 1200; ms = ms * 4 / 3 + 7) {
+        struct lb_vm_entry e;
+        struct lb_migrate_result res;
+        struct lb_error err = LB_ERROR_INIT;
+        uint64_t nonce = nonce_of(boot(&c, &e));
+        int v[2] = {eventfd(0, EFD_CLOEXEC), ms}, rc;
+        pthread_t t;
+
+        pthread_create(&t, NULL, cancel_later, v);
+        rc = migrate_cancel(&e, &o, v[0], &res, &err);
+        pthread_join(t, NULL);
+        close(v[0]);
+        if (rc) {
+            assert_int_equal(err.code, LB_E_CANCELLED);
+            cancelled++;
+            check_one("big", &A, &B, nonce);
+        } else {
+            check_one("big", &B, &A, nonce);
+        }
+        clean("big");
+    }
+    assert_true(cancelled >= 3);
+}
+
+static void test_no_converge(void **state)
+{
+    struct lb_fake_config c = {.name = "wild", .ram_bytes = 64 << 20, .touched_pages = 15000,
+                               .rate_pages_per_s = 200000, .random_bytes = 4096};
+    struct lb_migrate_opts o = plain;
+    struct lb_vm_entry e;
+    struct lb_migrate_result res;
+    struct lb_error err = LB_ERROR_INIT;
+    uint64_t nonce = nonce_of(boot(&c, &e));
+
+    (void)state;
+    o.bandwidth_bytes_per_s = 30 << 20;
+    o.allow_throttle = false;
+    o.timeout_ms = 15000;
+    assert_int_equal(migrate(&e, &o, &res, &err), -1);
+    assert_int_equal(err.code, LB_E_NO_CONVERGE);
+    assert_true(err.remedy[0]);
+    check_one("wild", &A, &B, nonce);
+    clean("wild");
+}
+
+static void test_untrusted(void **state)
+{
+    struct lb_vm_entry e;
+    struct lb_migrate_result res;
+    struct lb_error err = LB_ERROR_INIT;
+    uint64_t nonce = nonce_of(boot(&small, &e));
+
+    (void)state;
+    assert_return_code(lb_hosts_forget(B.dir, "A", NULL), 0);
+    assert_int_equal(migrate(&e, &plain, &res, &err), -1);
+    assert_true(err.message[0]);
+    check_one("small", &A, &B, nonce);
+    trust(&B, &A, A.port);
+    clean("small");
+}
+
+/* The hand-over journal decides after a crash, whatever the entries say. */
+static void test_recover(void **state)
+{
+    struct lb_session_env a = env_of(&A);
+    struct lb_vm_entry e;
+    struct lb_error err = LB_ERROR_INIT;
+    char text[512];
+    uint64_t nonce;
+    lb_fake_id id;
+
+    (void)state;
+    for (int case_no = 0; case_no < 3; case_no++) {
+        struct lb_journal j = {.vm = "small", .peer = "B"}, k = {.vm = "small", .peer = "A"};
+
+        id = boot(&small, &e);
+        nonce = nonce_of(id);
+        for (int i = 0; i < LB_TOKEN_HEX - 1; i++)
+            j.token[i] = k.token[i] = "0123456789abcdef"[rand() % 16];
+        snprintf(e.token, sizeof(e.token), "%s", j.token);
+        snprintf(e.peer, sizeof(e.peer), "B");
+        e.state = LB_VM_MIGRATING_OUT;
+        assert_return_code(lb_vm_entry_save(A.dir, &e, NULL), 0);
+        assert_return_code(lb_journal_move(A.dir, &j, LB_J_PREPARING, NULL), 0);
+        if (case_no > 0)
+            assert_return_code(lb_journal_move(A.dir, &j, LB_J_HANDED_OVER, NULL), 0);
+        if (case_no == 2) {
+            assert_return_code(lb_journal_move(B.dir, &k, LB_J_PREPARED, NULL), 0);
+            assert_return_code(lb_journal_move(B.dir, &k, LB_J_RUNNING, NULL), 0);
+        }
+        if (lb_recover_vm(&a, "small", text, &err))
+            fail_msg("%s", err.message);
+        idle(&B);
+        assert_true(text[0]);
+        if (case_no < 2) {
+            check_one("small", &A, &B, nonce);
+        } else { /* B's journal says that B runs it: our copy must be gone */
+            assert_int_equal(lb_fake_running("small"), 0);
+            assert_int_equal(lb_vm_entry_load(A.dir, "small", &e, NULL), -1);
+        }
+        if (case_no == 1) { /* the question made B refuse for ever */
+            assert_return_code(lb_journal_load(B.dir, j.token, &k, NULL), 0);
+            assert_int_equal(k.state, LB_J_REFUSED);
+        }
+        clean("small");
+    }
+    /* B cannot be asked: the VM stays paused and says so. */
+    {
+        struct lb_journal j = {.vm = "small", .peer = "B"};
+
+        id = boot(&small, &e);
+        memset(j.token, 'a', LB_TOKEN_HEX - 1);
+        snprintf(e.token, sizeof(e.token), "%s", j.token);
+        e.state = LB_VM_MIGRATING_OUT;
+        assert_return_code(lb_vm_entry_save(A.dir, &e, NULL), 0);
+        assert_return_code(lb_journal_move(A.dir, &j, LB_J_PREPARING, NULL), 0);
+        assert_return_code(lb_journal_move(A.dir, &j, LB_J_HANDED_OVER, NULL), 0);
+        px.to = 1;
+        assert_int_equal(lb_recover_vm(&a, "small", text, &err), -1);
+        assert_int_equal(err.code, LB_E_UNDECIDED);
+        assert_return_code(lb_vm_entry_load(A.dir, "small", &e, NULL), 0);
+        assert_int_equal(e.state, LB_VM_HANDED_OVER);
+        px.to = B.port;
+        assert_return_code(lb_recover_vm(&a, "small", text, &err), 0);
+        idle(&B);
+        check_one("small", &A, &B, nonce_of(id));
+        clean("small");
+    }
+}
+
+/* A command took effect, but its answer was lost. */
+static void test_lost_answers(void **state)
+{
+    static const enum lb_fake_slot slots[] = {LB_FAKE_STOP, LB_FAKE_CONT};
+    struct lb_session_env b = env_of(&B);
+    struct lb_vm_entry e;
+    struct lb_migrate_result res;
+    struct lb_error err = LB_ERROR_INIT;
+    struct lb_journal j;
+    char text[512];
+    uint64_t nonce;
+
+    (void)state;
+    for (unsigned i = 0; i < LB_ARRAY_LEN(slots); i++) {
+        for (unsigned nth = 1; nth <= 2; nth++) {
+            nonce = nonce_of(boot(&small, &e));
+            lb_fake_fail_late(slots[i], nth, LB_E_HV);
+            if (migrate(&e, &plain, &res, &err))
+                check_one("small", &A, &B, nonce);
+            else
+                check_one("small", &B, &A, nonce);
+            clean("small");
+        }
+    }
+    /* The destination runs it and does not know: its journal has decided, recovery tidies up. */
+    nonce = nonce_of(boot(&small, &e));
+    lb_fake_fail_late(LB_FAKE_RUN, 1, LB_E_HV);
+    assert_return_code(migrate(&e, &plain, &res, &err), 0);
+    assert_int_equal(lb_fake_running("small"), 1);
+    assert_return_code(lb_vm_entry_load(B.dir, "small", &e, NULL), 0);
+    assert_int_equal(e.state, LB_VM_INCOMING);
+    assert_return_code(lb_journal_load(B.dir, e.token, &j, NULL), 0);
+    assert_int_equal(j.state, LB_J_RUNNING);
+    assert_return_code(lb_recover_vm(&b, "small", text, &err), 0);
+    check_one("small", &B, &A, nonce);
+    clean("small");
+}
+
+/* The peer is busy for long; a cancel must not wait for it, least of all while the guest stands. */
+static void test_cancel_slow_peer(void **state)
+{
+    static const enum lb_fake_slot slow[] = {LB_FAKE_LAUNCH, LB_FAKE_LOAD_STATE};
+
+    (void)state;
+    for (unsigned i = 0; i < LB_ARRAY_LEN(slow); i++) {
+        struct lb_vm_entry e;
+        struct lb_migrate_result res;
+        struct lb_error err = LB_ERROR_INIT;
+        uint64_t nonce = nonce_of(boot(&small, &e));
+        int v[2] = {eventfd(0, EFD_CLOEXEC), 2000};
+        pthread_t t;
+
+        lb_fake_delay(slow[i], 6000);
+        pthread_create(&t, NULL, cancel_later, v);
+        assert_int_equal(migrate_cancel(&e, &plain, v[0], &res, &err), -1);
+        pthread_join(t, NULL);
+        close(v[0]);
+        assert_int_equal(err.code, LB_E_CANCELLED);
+        assert_true(res.total_ms >= 2000 && res.total_ms < 4500);
+        check_one("small", &A, &B, nonce);
+        clean("small");
+    }
+}
+
+/* What the hypervisor itself writes while it saves: pages that have just been sent, some of
+ * them on a connection that delivers later than the others. */
+static void *write_in_final_stop(void *arg)
+{
+    lb_fake_id id = *(lb_fake_id *)arg;
+    struct lb_fake_stats st;
+
+    for (int still = 0; still < 20;) {
+        if (lb_fake_stats(id, &st, NULL))
+            return NULL;
+        still = st.running ? 0 : still + 1;
+        lb_sleep_ms(2);
+    }
+    for (uint64_t p = 0; p < 600; p++)
+        lb_fake_touch(id, 0, p, NULL);
+    return arg;
+}
+
+static void test_late_writes(void **state)
+{
+    struct lb_fake_config c = small;
+    struct lb_migrate_opts o = plain;
+
+    (void)state;
+    c.rate_pages_per_s = 20000;
+    o.channels = 4;
+    o.max_downtime_ms = 20000; /* the link is slow */
+    o.allow_throttle = false;
+    o.verify = true;
+    for (int i = 0; i < 6; i++) {
+        struct lb_vm_entry e;
+        struct lb_migrate_result res;
+        struct lb_error err = LB_ERROR_INIT;
+        lb_fake_id id = boot(&c, &e);
+        uint64_t nonce = nonce_of(id);
+        pthread_t t;
+        void *wrote;
+
+        px.slow = 1 + i % 4;
+        lb_fake_delay(LB_FAKE_SAVE_END, 120);
+        pthread_create(&t, NULL, write_in_final_stop, &id);
+        if (migrate(&e, &o, &res, &err))
+            fail_msg("%s / %s", err.message, err.remedy);
+        pthread_join(t, &wrote);
+        assert_non_null(wrote);
+        assert_true(res.final_dirty_pages >= 600);
+        check_one("small", &B, &A, nonce);
+        clean("small");
+    }
+}
+
+/* A trusted peer that sends a token a second time: nothing changes, nothing is left. */
+static void ask_to_migrate(const struct lb_vm_entry *e, const char *token_hex, struct lb_error *err)
+{
+    Lb__Control m = LB__CONTROL__INIT, *in = NULL;
+    Lb__MigrateRequest r = LB__MIGRATE_REQUEST__INIT;
+    Lb__Hello h = LB__HELLO__INIT;
+    uint8_t token[LB_TOKEN_BYTES], some[32] = {1};
+    struct lb_vm_ident id = {.name = e->name, .proc = e->proc, .qmp_path = e->qmp_path};
+    struct lb_vm_desc d = {0};
+    struct lb_hv_vm *vm;
+    struct lb_chan *chan;
+
+    assert_return_code(lb_hv_attach(&lb_hv_fake, &id, &vm, NULL), 0);
+    assert_return_code(lb_hv_describe(vm, &d, NULL), 0);
+    lb_hv_detach(vm);
+    lb_unhex(token, sizeof(token), token_hex);
+    h.version = 1;
+    h.wall_ms = lb_wall_ms();
+    h.host = h.software = (char *)"";
+    r.hello = &h;
+    r.session_id = (ProtobufCBinaryData){LB_SESSION_ID_BYTES, some};
+    r.token = (ProtobufCBinaryData){sizeof(token), token};
+    r.bulk_secret = (ProtobufCBinaryData){32, some};
+    r.channels = 1;
+    assert_return_code(lb_desc_to_proto(&d, &r.vm, NULL), 0);
+    m.kind_case = LB__CONTROL__KIND_MIGRATE_REQUEST;
+    m.migrate_request = &r;
+    assert_return_code(
+        lb_chan_connect("127.0.0.1", B.port, &A.id, B.id.pub, 5000, -1, &chan, NULL), 0);
+    assert_return_code(lb_ctl_send(chan, &m, NULL), 0);
+    assert_return_code(lb_ctl_expect(chan, LB__CONTROL__KIND_PREFLIGHT_REPORT, &in,
+                                     lb_now_ns() + UINT64_C(5000000000), NULL), 0);
+    assert_false(in->preflight_report->refused);
+    lb__control__free_unpacked(in, NULL);
+    assert_int_equal(lb_ctl_recv(chan, &in, lb_now_ns() + UINT64_C(5000000000), err), -1);
+    lb_chan_close(chan);
+    lb__vm_description__free_unpacked(r.vm, NULL);
+    lb_vm_desc_free(&d);
+    idle(&B);
+}
+
+static void test_token_reuse(void **state)
+{
+    static const enum lb_journal_state was[] = {LB_J_PREPARED, LB_J_RUNNING, LB_J_REFUSED};
+
+    (void)state;
+    for (unsigned i = 0; i < LB_ARRAY_LEN(was); i++) {
+        struct lb_journal j = {.vm = "other", .peer = "A"}, now;
+        struct lb_error err = LB_ERROR_INIT;
+        struct lb_vm_entry e, none;
+        uint64_t nonce = nonce_of(boot(&small, &e));
+
+        for (int k = 0; k < LB_TOKEN_HEX - 1; k++)
+            j.token[k] = "0123456789abcdef"[rand() % 16];
+        assert_return_code(lb_journal_move(B.dir, &j, LB_J_PREPARED, NULL), 0);
+        if (was[i] != LB_J_PREPARED)
+            assert_return_code(lb_journal_move(B.dir, &j, was[i], NULL), 0);
+        ask_to_migrate(&e, j.token, &err);
+        assert_int_equal(err.code, LB_E_PROTO);
+        assert_non_null(strstr(err.message, "used before"));
+        assert_return_code(lb_journal_load(B.dir, j.token, &now, NULL), 0);
+        assert_int_equal(now.state, was[i]);
+        assert_int_equal(lb_vm_entry_load(B.dir, "small", &none, NULL), -1);
+        check_one("small", &A, &B, nonce);
+        clean("small");
+    }
+}
+
+int main(void)
+{
+#define T(f) cmocka_unit_test_setup(f, fresh)
+    const struct CMUnitTest tests[] = {
+        T(test_variants),
+        T(test_there_and_back),
+        T(test_dry_run),
+        T(test_slot_faults),
+        T(test_deaths),
+        T(test_wire_faults),
+        T(test_cancel),
+        T(test_no_converge),
+        T(test_untrusted),
+        T(test_recover),
+        T(test_lost_answers),
+        T(test_cancel_slow_peer),
+        T(test_late_writes),
+        T(test_token_reuse),
+    };
+    if (getenv("LB_TEST_ONLY")) /* a pattern, e.g. test_can* */
+        cmocka_set_test_filter(getenv("LB_TEST_ONLY"));
+    return cmocka_run_group_tests_name("migrate-fake", tests, group_up, group_down);
+}

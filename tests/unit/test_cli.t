@@ -1,0 +1,377 @@
+#!/bin/bash
+# The command line against a daemon in a directory of its own: every subcommand with good and bad input, exit statuses,
+# JSON. TAP. Parts with a real hypervisor need root and QEMU.
+set -u
+top=$(cd "$(dirname "$0")/../.." && pwd)
+bin=${BUILD:-$top/build}
+dir=$(mktemp -d "${TMPDIR:-/tmp}/lb-cli-XXXXXX")
+daemons=() number=0 bad=0 out= err= rc=0 name=
+cleanup() {
+    "$bin/lifeboat" --host "$dir/a.sock" stop --force vm >/dev/null 2>&1
+    "$bin/lifeboat" --host "$dir/b.sock" stop --force vm >/dev/null 2>&1
+    for pid in "${daemons[@]}" ${hand_pid:-}; do kill -9 "$pid" 2>/dev/null; done
+    rm -rf "$dir"
+}
+trap cleanup EXIT
+
+point() { # point NAME STATUS [EXPLANATION]
+    number=$((number + 1))
+    if [ "$2" = 0 ]; then
+        echo "ok $number - $1"
+    else
+        bad=$((bad + 1))
+        echo "not ok $number - $1"
+        printf '%s\n' "${3:-}" | sed 's/^/#   /'
+    fi
+}
+skip() {
+    number=$((number + 1))
+    echo "ok $number - $1 # SKIP $2"
+}
+says() { printf 'exit %s\nstdout: %s\nstderr: %s' "$rc" "$out" "$err"; }
+run() { # run NAME EXIT ARGUMENTS...: remembers out, err, rc
+    name=$1
+    local want=$2
+    shift 2
+    out=$("$bin/lifeboat" "$@" 2>"$dir/err")
+    rc=$?
+    err=$(<"$dir/err")
+    [ "$rc" = "$want" ]
+    point "$name" $? "lifeboat $*: wanted exit $want: $(says)"
+}
+a() { run "$1" "$2" --host "$dir/a.sock" "${@:3}"; }
+b() { run "$1" "$2" --host "$dir/b.sock" "${@:3}"; }
+out_has() { [[ $out == *"$1"* ]]; point "$name: prints \"$1\"" $? "$(says)"; }
+err_has() { [[ $err == *"$1"* ]]; point "$name: complains \"$1\"" $? "$(says)"; }
+# The answer is one JSON object for which the Python expression over `o` is true.
+json_has() {
+    python3 -m json.tool <<<"$out" >/dev/null 2>"$dir/why" &&
+        python3 -c 'import json, sys
+o = json.loads(sys.argv[1])
+sys.exit(0 if eval(sys.argv[2]) else 1)' "$out" "$1" 2>"$dir/why"
+    point "$name: JSON: $1" $? "$(says); $(<"$dir/why")"
+}
+get() { python3 -c 'import json, sys; print(eval("o" + sys.argv[2], {"o": json.loads(sys.argv[1])}))' "$out" "$1"; }
+failure() { # failure NAME EXIT CODE ARGUMENTS...: for people and as JSON; both give a reason
+    local exit=$2 code=$3 what=$1
+    shift 3
+    a "$what" "$exit" "$@"
+    err_has "lifeboat: "
+    # --json before what may be a hypervisor's command
+    a "$what, as JSON" "$exit" "$1" --json "${@:2}"
+    json_has "o['error']['code'] == '$code' and o['error']['message'] and 'remedy' in o['error']"
+}
+start() { # start NAME OPTIONS...
+    local who=$1
+    shift
+    "$bin/lifeboatd" --state-dir "$dir/$who" --socket "$dir/$who.sock" "$@" 2>>"$dir/$who.log" </dev/null &
+    daemons+=($!)
+    disown $!
+    for _ in $(seq 200); do
+        if [ -S "$dir/$who.sock" ] && "$bin/lifeboat" --host "$dir/$who.sock" ls >/dev/null 2>&1; then
+            point "daemon $who starts" 0
+            return
+        fi
+        sleep 0.02
+    done
+    point "daemon $who starts" 1 "$(cat "$dir/$who.log")"
+    echo "Bail out! no daemon"
+    exit 1
+}
+eventually() { # eventually NAME COMMAND...
+    local what=$1
+    shift
+    for _ in $(seq 250); do
+        if "$@" >/dev/null 2>&1; then
+            point "$what" 0
+            return
+        fi
+        sleep 0.02
+    done
+    point "$what" 1 "$*"
+}
+
+# ---- without a daemon
+commands="run adopt release ls status show stop migrate preflight cancel recover history host"
+run "--help" 0 --help
+for c in $commands; do [[ $out == *"  $c "* ]] || point "--help lists $c" 1 "$out"; done
+run "--version" 0 --version
+for c in $commands "host id" "host trust" "host ls" "host forget"; do
+    # shellcheck disable=SC2086 # two words
+    run "$c --help" 0 $c --help
+    out_has "--json"
+done
+run "no arguments" 2
+run "unknown subcommand" 2 frobnicate
+run "unknown option" 2 ls --frobnicate
+run "usage error with --json" 2 status --json
+json_has "o['error']['code'] == 'usage'"
+run "daemon not there" 7 --host "$dir/none.sock" ls --json
+err_has "remedy: start it"
+json_has "o['error']['code'] == 'net'"
+LIFEBOAT_SOCKET=$dir/other.sock run "\$LIFEBOAT_SOCKET" 7 ls
+err_has "$dir/other.sock"
+
+# ---- the daemon's own start
+port_a=$((20000 + RANDOM % 20000)) port_b=$((20000 + RANDOM % 20000))
+lifeboatd() { # lifeboatd NAME EXIT TEXT OPTIONS...: must not start
+    local what=$1 want=$2 text=$3
+    shift 3
+    err=$(timeout 10 "$bin/lifeboatd" "$@" 2>&1)
+    rc=$?
+    [ $rc = "$want" ] && [[ $err == *"$text"* ]]
+    point "$what" $? "lifeboatd $*: wanted exit $want and \"$text\": exit $rc: $err"
+}
+start a --listen "127.0.0.1:$port_a"
+start b --listen "127.0.0.1:$port_b"
+lifeboatd "second daemon on a state directory" 4 "another lifeboatd" --state-dir "$dir/a" --socket "$dir/c.sock" --listen none
+lifeboatd "socket in use" 4 "remedy" --state-dir "$dir/c" --socket "$dir/a.sock" --listen none
+lifeboatd "busy port" 4 "$port_a" --state-dir "$dir/c" --socket "$dir/c.sock" --listen "127.0.0.1:$port_a"
+lifeboatd "bad address" 2 "remedy" --state-dir "$dir/c" --socket "$dir/c.sock" --listen "host:port"
+lifeboatd "missing configuration" 3 "$dir/none.conf" --state-dir "$dir/c" --socket "$dir/c.sock" --config "$dir/none.conf"
+echo "bandwith = 1Gbit" >"$dir/bad.conf"
+lifeboatd "wrong configuration" 2 "bad.conf:1" --state-dir "$dir/c" --socket "$dir/c.sock" --config "$dir/bad.conf"
+lifeboatd "unknown option" 2 "" --frobnicate
+lifeboatd "unknown log level" 2 "loud" --log-level loud
+mode=$(stat -c %a "$dir/a.sock")
+[ "$mode" = 600 ]; point "the socket is its owner's" $? "mode $mode"
+mode=$(stat -c %a "$dir/a/identity.key")
+[ "$mode" = 600 ]; point "the key is its owner's" $? "mode $mode"
+
+# ---- lists of nothing
+a "ls" 0 ls --json
+json_has "o == {'vms': []}"
+a "history" 0 history --json
+json_has "o == {'history': []}"
+a "recover with no VM" 0 recover --json
+json_has "o['vms'] == [] and o['failed'] is False"
+a "ls takes no name" 2 ls x
+failure "status of nothing" 3 not-found status ghost
+failure "show of nothing" 3 not-found show ghost
+failure "stop of nothing" 3 not-found stop ghost
+failure "release of nothing" 3 not-found release ghost
+failure "cancel of nothing" 3 not-found cancel ghost
+failure "recover of nothing" 3 not-found recover ghost
+failure "migrate of nothing" 3 not-found migrate ghost b
+failure "preflight of nothing" 3 not-found preflight ghost b
+failure "a name like a path" 2 usage status ../../etc
+[ ! -e "$dir/a/vms/ghost" ]; point "a VM that is not there leaves nothing" $? "$(ls -la "$dir/a/vms")"
+a "history --limit" 0 history --limit 5
+a "history --limit 0" 2 history --limit 0
+for word in "--bandwidth fast" "--max-downtime 0" "--channels 0" "--channels 65" "--compress gzip" "--compress zstd:20" \
+    "--timeout soon"; do
+    # shellcheck disable=SC2086 # two words
+    a "migrate $word" 2 migrate vm b $word
+done
+
+# ---- hosts
+a "host id" 0 host id
+key_a=$out
+[[ $key_a =~ ^lb1[0-9a-f]{64}$ ]]; point "host id prints the key alone" $? "$(says)"
+err_has "lifeboat host trust"
+a "host id --json" 0 host id --json
+json_has "o['key'] == '$key_a' and o['name'] and o['listen'] == '127.0.0.1:$port_a'"
+b "host id of the other" 0 host id
+key_b=$out
+[ "$key_a" != "$key_b" ]; point "two hosts have two keys" $?
+a "host trust" 0 host trust b "$key_b" "127.0.0.1:$port_b" --json
+json_has "o == {'name': 'b', 'address': '127.0.0.1:$port_b', 'key': '$key_b'}"
+b "host trust, the other order" 0 host trust a "127.0.0.1:$port_a" "$key_a"
+a "host trust again" 0 host trust b "$key_b" "127.0.0.1:$port_b"
+other=lb1$(printf '%064d' 7)
+a "host trust with another key" 4 host trust b "$other"
+err_has "forget"
+a "host trust without an address" 0 host trust c "$other"
+a "host ls" 0 host ls --json
+json_has "sorted(h['name'] for h in o['hosts']) == ['b', 'c']"
+a "host ls as a table" 0 host ls
+out_has "NAME"
+a "host forget" 0 host forget c --json
+json_has "o['forgotten'] is True"
+a "host forget of nothing" 3 host forget c
+a "host trust of ourselves" 2 host trust me "$key_a"
+a "host trust with a bad key" 2 host trust d lb1nonsense
+a "host trust with a damaged key" 2 host trust d "${key_b%?}"
+a "host trust with a bad name" 2 host trust "../d" "$other"
+a "host trust with a bad address" 2 host trust d "$other" "a b"
+a "host trust with too little" 2 host trust d
+a "host alone" 2 host
+a "host frobnicate" 2 host frobnicate --json
+json_has "o['error']['code'] == 'usage'"
+[ -z "$(find "$dir/a" -name '*.tmp')" ]; point "no temporary file is left" $?
+
+# ---- noise on the socket: the daemon says no and lives
+python3 - "$dir/a.sock" <<'PY'
+import os, socket, struct, sys
+for data in (b"", b"\0", b"\xff" * 4096, struct.pack("<I", 5) + b"\xff" * 5, struct.pack("<I", 0), os.urandom(5000)):
+    s = socket.socket(socket.AF_UNIX)
+    s.connect(sys.argv[1])
+    try:
+        s.sendall(data)
+        s.shutdown(socket.SHUT_WR)
+        s.settimeout(5)
+        while s.recv(4096):
+            pass
+    except OSError:
+        pass
+    s.close()
+PY
+a "the daemon survives noise on its socket" 0 ls
+# ... and on its port, also more of it than it takes
+python3 - "$port_a" <<'PY'
+import os, socket, sys
+peers = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(80)]
+for i, s in enumerate(peers[:40]):
+    try:
+        s.sendall((b"LBv1C\0\0\0" + bytes(16) if i % 2 else b"") + os.urandom(100))
+    except OSError:
+        pass
+PY
+eventually "the daemon survives noise on its port" "$bin/lifeboat" --host "$dir/a.sock" ls
+[ -z "$(ls "$dir/a/log")" ]; point "unknown peers leave no file" $? "$(ls "$dir/a/log")"
+
+# ---- a hypervisor that fails
+a "run without a command" 2 run vm
+failure "run of a missing program" 3 not-found run vm -- "$dir/no-such-program"
+err_has "no-such-program"
+failure "run of a program that ends" 10 hypervisor run vm -- sh -c 'echo this is my reason; exit 3' sh
+err_has "this is my reason"
+failure "run with a bad name" 2 usage run .vm -- true
+[ -z "$(ls -A "$dir/a/vms")" ]; point "a failed run leaves nothing" $? "$(find "$dir/a/vms")"
+failure "adopt of no process" 3 not-found adopt vm --pid 2000000000
+a "adopt without --pid" 2 adopt vm
+a "adopt of nonsense" 2 adopt vm --pid x
+failure "adopt of what is no hypervisor" "${ADOPT_EXIT:-3}" not-found adopt vm --pid $$
+[ -z "$(ls -A "$dir/a/vms")" ]; point "a failed adopt leaves nothing" $? "$(find "$dir/a/vms")"
+
+# ---- a real one
+qemu=qemu-system-x86_64
+machine=(-m 64 -display none -machine pc -nodefaults -accel tcg)
+if [ "$(id -u)" != 0 ]; then
+    skip "run, show, migrate, stop with QEMU" "needs root"
+elif ! command -v $qemu >/dev/null; then
+    skip "run, show, migrate, stop with QEMU" "$qemu is not installed"
+else
+    a "run" 0 run vm --json -- $qemu "${machine[@]}" -daemonize
+    json_has "o['state'] == 'running' and o['alive'] and o['pid'] > 1 and 'daemonize' in o['warnings'][0]"
+    pid=$(get "['pid']")
+    [ "$(ps -o ppid= -p "$pid" | tr -d ' ')" != "${daemons[0]}" ]
+    point "the VM is not a child of the daemon" $?
+    failure "run of a name in use" 4 exists run vm -- $qemu
+    failure "adopt of a name in use" 4 exists adopt vm --pid "$pid"
+    failure "adopt of a VM that is known" 4 exists adopt vm2 --pid "$pid"
+    a "ls" 0 ls --json
+    json_has "[(v['name'], v['state'], v['origin']) for v in o['vms']] == [('vm', 'running', 'run')]"
+    a "status" 0 status vm --json
+    json_has "o['running'] is True and o['session'] is None and o['pid'] == $pid"
+    a "status for people" 0 status vm
+    out_has "running"
+    a "show" 0 show vm --json
+    json_has "o['description']['ram_bytes'] == 64 << 20 and o['description']['machine'].startswith('pc-i440fx-')"
+    failure "migrate to an unknown host" 3 not-found migrate vm nowhere
+    failure "cancel of what does not migrate" 5 state cancel vm
+    a "preflight" 0 preflight vm b --json
+    json_has "o['dry_run'] and o['ok'] and len(o['checks']) > 5 and all(c['status'] != 'fail' for c in o['checks'])"
+    a "preflight for people" 0 preflight vm b
+    out_has "can move"
+    a "a dry run is no migration" 0 history --json
+    json_has "o['history'] == []"
+    b "a dry run leaves nothing" 0 ls --json
+    json_has "o == {'vms': []}"
+
+    # slow enough to look at
+    slow=(--bandwidth 10KB --compress off --no-throttle)
+    a "migrate --detach" 0 migrate vm b --detach --json "${slow[@]}"
+    json_has "o['event'] == 'started' and len(o['session']) == 32"
+    # shellcheck disable=SC2016 # for the inner shell
+    eventually "status shows the session" sh -c '"$1/lifeboat" --host "$2/a.sock" status vm --json |
+        grep -q "\"state\":\"migrating-out\".*\"role\":\"out\""' sh "$bin" "$dir"
+    failure "a second migration of it" 5 state migrate vm b
+    failure "stop of a busy VM" 5 state stop vm
+    failure "release of a busy VM" 5 state release vm
+    failure "host forget of a needed host" 5 state host forget b
+    a "show of a busy VM" 0 show vm --json
+    json_has "o['description'] is None"
+    kill -9 "${daemons[0]}"
+    eventually "kill -9 of the daemon" sh -c "! kill -0 ${daemons[0]}"
+    start a --listen "127.0.0.1:$port_a"
+    # shellcheck disable=SC2016
+    eventually "after kill -9 a new daemon knows the session" sh -c '"$1/lifeboat" --host "$2/a.sock" status vm --json |
+        grep -q "\"role\":\"out\""' sh "$bin" "$dir"
+    a "cancel" 0 cancel vm --json
+    json_has "o['cancelled'] is True and o['vm'] == 'vm' and o['host'] == 'b'"
+    a "status after cancel" 0 status vm --json
+    json_has "o['state'] == 'running' and o['running'] is True and o['pid'] == $pid"
+    # shellcheck disable=SC2016
+    eventually "the other host has forgotten it" sh -c '[ -z "$(ls -A "$1/b/vms")" ]' sh "$dir"
+
+    # the session dies: the VM stays, by itself
+    a "migrate, and kill the session" 0 migrate vm b --detach --json "${slow[@]}"
+    # shellcheck disable=SC2016
+    eventually "it has begun" sh -c '"$1/lifeboat" --host "$2/a.sock" status vm --json | grep -q "\"state\":\"pre-copy\""' sh "$bin" "$dir"
+    a "status" 0 status vm --json
+    kill -9 "$(get "['session']['pid']")"
+    # shellcheck disable=SC2016
+    eventually "the daemon brings it back" sh -c '"$1/lifeboat" --host "$2/a.sock" status vm --json |
+        grep -q "\"state\":\"running\".*\"running\":true"' sh "$bin" "$dir"
+    # shellcheck disable=SC2016
+    eventually "nothing is left on the other host" sh -c '[ -z "$(ls -A "$1/b/vms")" ]' sh "$dir"
+    a "recover of what runs" 0 recover vm
+    out_has "running on this host"
+
+    a "migrate" 0 migrate vm b --verify
+    out_has "VM vm runs on host b"
+    [[ $out == *"preflight: "* ]]; point "migrate shows its preflight" $? "$out"
+    percents=$(sed -nE 's/^ *([0-9]+)% .*/\1/p' <<<"$out")
+    [ -n "$percents" ] && [ "$percents" = "$(sort -n <<<"$percents")" ]
+    point "its progress never runs backwards" $? "$percents"
+    [ ! -e "$dir/a/vms/vm" ]; point "nothing of it is left here" $? "$(find "$dir/a/vms")"
+    b "back at once, with events" 0 migrate vm a --json --progress
+    lines=$out
+    out=$(tail -n 1 <<<"$lines")
+    json_has "o['ok'] and o['final_state'] == 'moved' and o['wire_bytes'] > 0 and o['direction'] == 'out'"
+    out="[$(head -n -1 <<<"$lines" | paste -sd ,)]"
+    json_has "[e['event'] for e in o][:1] == ['started'] and {'preflight', 'progress'} <= {e['event'] for e in o}"
+    json_has "(lambda p: p == sorted(p))([e['percent'] for e in o if e['event'] == 'progress'])"
+    b "history" 0 history vm --json
+    json_has "[(h['direction'], h['ok']) for h in o['history']] == [('in', True), ('out', True)]"
+    a "history with its failure" 0 history vm --json
+    json_has "[h['direction'] for h in o['history'] if h['ok']] == ['out', 'in'] and any(h.get('error', {}).get('code') == 'cancelled' for h in o['history'])"
+    a "migrate --quiet" 0 migrate vm b -q
+    [ -z "$out$err" ]; point "--quiet is quiet" $? "$(says)"
+    b "stop" 0 stop vm --json
+    json_has "o['stopped'] is True and o['forced'] is False"
+    [ -z "$(ls -A "$dir/b/vms")" ]; point "stop leaves nothing" $? "$(find "$dir/b/vms")"
+
+    # by hand, adopted, released, adopted, killed
+    $qemu "${machine[@]}" -qmp "unix:$dir/hand.sock,server=on,wait=off" </dev/null >/dev/null 2>&1 &
+    hand_pid=$!
+    disown $hand_pid
+    eventually "a VM by hand" test -S "$dir/hand.sock"
+    a "adopt" 0 adopt hand --pid $hand_pid --json
+    json_has "o['origin'] == 'adopted' and o['pid'] == $hand_pid and o['qmp'] == '$dir/hand.sock'"
+    a "release" 0 release hand --json
+    json_has "o['released'] is True and o['alive'] is True"
+    kill -0 $hand_pid; point "a released VM runs" $?
+    a "adopt with --qmp" 0 adopt hand2 --pid $hand_pid --qmp "$dir/hand.sock"
+    kill -9 $hand_pid
+    # SIGKILL returns before its victim has ended
+    for _ in $(seq 100); do kill -0 $hand_pid 2>/dev/null && ! grep -q '^State:.Z' /proc/$hand_pid/status 2>/dev/null || break; sleep 0.05; done
+    hand_pid=
+    a "ls of a dead VM" 0 ls --json
+    json_has "o['vms'][0]['state'] == 'dead' and o['vms'][0]['alive'] is False"
+    failure "stop of a dead VM" 5 state stop hand2
+    failure "migrate of a dead VM" 5 state migrate hand2 b
+    a "the name of a dead VM is free" 0 run hand2 -- $qemu "${machine[@]}"
+    a "stop --force" 0 stop --force hand2 --json
+    json_has "o['forced'] is True"
+    a "all is gone" 0 ls --json
+    json_has "o == {'vms': []}"
+fi
+
+# ---- the end
+for pid in "${daemons[@]}"; do kill -TERM "$pid" 2>/dev/null; done
+eventually "SIGTERM ends the daemons" sh -c "for p in ${daemons[*]}; do ! kill -0 \$p 2>/dev/null || exit 1; done"
+[ ! -e "$dir/a.sock" ] && [ ! -e "$dir/b.sock" ]; point "they remove their sockets" $?
+echo "1..$number"
+[ $bad = 0 ]
