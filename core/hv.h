@@ -12,6 +12,8 @@
  * Life of a receiver
  *      launch -> blocks -> prepare_ram -> place pages -> load_state (paused, disks untouched)
  *             -> run -> announce -> detach            or destroy at any earlier point
+ * Life of a protected VM (remus/)
+ *      as a source, then checkpoint_mode -> { stop -> save_begin -> log_clean, copy -> save_end -> cont }*
  *
  * Every slot is mandatory.  Slots are called only through the lb_hv_* wrappers
  * below, which check the state, from one thread at a time per VM (the engine
@@ -98,6 +100,37 @@ struct lb_launch_opts {
     unsigned n_taps;
 };
 
+/* ---- what checkpointing needs (remus/) */
+
+enum lb_nic_kind {
+    LB_NIC_TAP,    /* a kernel tap: its output can be held outside the hypervisor */
+    LB_NIC_INSIDE, /* the hypervisor can hold it: nic_hold */
+    LB_NIC_NONE,   /* connected to nothing */
+    LB_NIC_OPAQUE, /* can not be held: `why` says what it is and what to do */
+};
+struct lb_nic {
+    char id[128];     /* of the back end: QEMU's netdev id */
+    enum lb_nic_kind kind;
+    char ifname[16];  /* TAP: in the network namespace of the VM's process */
+    unsigned queues;  /* TAP: 1.. */
+    bool vhost;
+    char why[256];    /* OPAQUE: "what it is: remedy" */
+};
+/* One writable disk as the guest has it. */
+struct lb_hv_disk {
+    char id[256];          /* what disk_mirror takes: QEMU's node or device name; stable while the VM lives */
+    char path[512];        /* file under it, "" when it is none */
+    char format[32];       /* "raw", "qcow2", ... */
+    uint64_t size_bytes;   /* as the guest sees it */
+    bool shareable;
+};
+struct lb_mirror_status {
+    bool ready;            /* source and target are the same, every later write goes to both */
+    bool failed;           /* ended by itself: the disk is no longer copied */
+    uint64_t done_bytes, total_bytes;
+    char error[256];
+};
+
 struct lb_hv_vm;   /* opaque: a handle on one VM, source or receiver */
 
 struct lb_hv_ops {
@@ -145,6 +178,37 @@ struct lb_hv_ops {
      * when this host offers no way. Undone by detach and by death of the caller's daemon
      * at the next start (recorded in run_dir by the implementation when needed). */
     int (*throttle)(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err);
+
+    /* ---- checkpoints (source) ---- */
+    /* A hint: from now on (on) every stop is followed by save_begin and that by cont, so that the
+     * commands can be prepared ahead. */
+    int (*checkpoint_mode)(struct lb_hv_vm *vm, bool on, struct lb_error *err);
+    /* Keep the guest from running, now, whatever the hypervisor is doing (QEMU: SIGSTOP by pidfd).
+     * Any thread. off: as before. */
+    int (*freeze)(struct lb_hv_vm *vm, bool on, struct lb_error *err);
+    /* *out malloc'ed, caller frees; every network card back end of the VM. */
+    int (*nics)(struct lb_hv_vm *vm, struct lb_nic **out, unsigned *n, struct lb_error *err);
+    /* Hold what the guest sends on an INSIDE card. fds[0]: frames come out of it (u32 BE length,
+     * then the frame); fds[1]: the same frames written to it go on their way. The reader must never
+     * stop reading: a full socket blocks the hypervisor. A dead reader drops (fails closed). */
+    int (*nic_hold)(struct lb_hv_vm *vm, const char *id, int fds[2], struct lb_error *err);
+    /* While stopped, everything read and released before. Closes neither fd. */
+    int (*nic_unhold)(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+    /* *out malloc'ed, caller frees; only writable disks. */
+    int (*disks)(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, struct lb_error *err);
+    /* Copy a disk to an NBD export on a unix socket (whole, then every write before the guest's
+     * completes). Returns when the copying has begun. At every stop the export has every write. */
+    int (*disk_mirror)(struct lb_hv_vm *vm, const char *id, const char *nbd_socket,
+                       const char *export_name, struct lb_error *err);
+    /* With poll the hypervisor is asked for the progress (a command: not between checkpoints);
+     * without, only what it said by itself counts: `ready` and `failed`. Costs nothing. */
+    int (*disk_mirror_status)(struct lb_hv_vm *vm, const char *id, bool poll,
+                              struct lb_mirror_status *out, struct lb_error *err);
+    /* End it and forget the export; failed or never begun is success. */
+    int (*disk_mirror_end)(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+    /* Set the guest's paravirtual clock forward by step_ns, guest running or stopped (KVM;
+     * LB_E_UNSUPPORTED elsewhere). */
+    int (*clock_step)(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err);
 
     /* ---- receiver ---- */
     /* Start an empty receiver as its own process (setsid, survives us), derived from
@@ -213,6 +277,18 @@ int lb_hv_cont(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_hv_save_begin(struct lb_hv_vm *vm, bool final, struct lb_error *err);
 int lb_hv_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb_error *err);
 int lb_hv_throttle(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err);
+int lb_hv_checkpoint_mode(struct lb_hv_vm *vm, bool on, struct lb_error *err);
+int lb_hv_freeze(struct lb_hv_vm *vm, bool on, struct lb_error *err);
+int lb_hv_nics(struct lb_hv_vm *vm, struct lb_nic **out, unsigned *n, struct lb_error *err);
+int lb_hv_nic_hold(struct lb_hv_vm *vm, const char *id, int fds[2], struct lb_error *err);
+int lb_hv_nic_unhold(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+int lb_hv_disks(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, struct lb_error *err);
+int lb_hv_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_socket,
+                      const char *export_name, struct lb_error *err);
+int lb_hv_disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
+                             struct lb_mirror_status *out, struct lb_error *err);
+int lb_hv_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+int lb_hv_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err);
 int lb_hv_launch(const struct lb_hv_ops *ops, const struct lb_vm_desc *desc,
                  const struct lb_launch_opts *opts, struct lb_hv_vm **out, struct lb_error *err);
 int lb_hv_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err);

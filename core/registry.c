@@ -25,7 +25,8 @@ enum { MAX_ENTRY_BYTES = 64 << 10, MAX_NAME = 63 };
 static const char *const state_names[] = {
     [LB_VM_RUNNING] = "running",         [LB_VM_MIGRATING_OUT] = "migrating-out",
     [LB_VM_INCOMING] = "incoming",       [LB_VM_HANDED_OVER] = "handed-over",
-    [LB_VM_DEAD] = "dead",
+    [LB_VM_DEAD] = "dead",               [LB_VM_PROTECTED] = "protected",
+    [LB_VM_STANDBY] = "standby",
 };
 
 const char *lb_vm_state_name(enum lb_vm_state s)

@@ -4,6 +4,8 @@
  * STATE_DIR/
  *   identity.key, hosts.json         who we are, whom we trust (netproto)
  *   vms/NAME/vm.json                 one registry entry; written atomically
+ *   vms/NAME/remus.json              protection: which side we are, who else (remus/record.h)
+ *   vms/NAME/protect.json            that it is to be protected, and how (remus/record.h)
  *   vms/NAME/lock                    locked by the session that works on the VM
  *   vms/NAME/{qmp.sock,qemu.log,...} private directory of the VM ("run_dir")
  *   handover/TOKEN.json, TOKEN.lock  hand-over journals (migrate/journal.h)
@@ -26,6 +28,8 @@ enum lb_vm_state {
     LB_VM_INCOMING,         /* receiver: not a VM yet */
     LB_VM_HANDED_OVER,      /* paused here; only the destination's journal decides */
     LB_VM_DEAD,             /* the process is gone */
+    LB_VM_PROTECTED,        /* runs here, a backup follows it: vms/NAME/remus.json (remus/record.h) */
+    LB_VM_STANDBY,          /* the backup of a VM that runs elsewhere: not a VM yet */
 };
 const char *lb_vm_state_name(enum lb_vm_state s);
 int lb_vm_state_parse(const char *name, enum lb_vm_state *out);

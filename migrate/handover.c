@@ -331,6 +331,10 @@ int lb_recover_vm(const struct lb_session_env *env, const char *vm_name, char te
         }
         snprintf(text, 512, "%s: its process is gone", e.name);
         return e.state == LB_VM_DEAD ? 0 : mark_dead(env, &e, "its process is gone", err);
+    case LB_VM_PROTECTED:
+    case LB_VM_STANDBY:
+        break; /* lb_remus_recover */
     }
-    return lb_fail(err, LB_E_INTERNAL, "VM %s is in an unknown state", e.name);
+    return lb_fail(err, LB_E_INTERNAL, "VM %s is %s: not a matter of migration", e.name,
+                   lb_vm_state_name(e.state));
 }

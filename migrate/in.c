@@ -795,6 +795,12 @@ int lb_serve_channel(const struct lb_session_env *env, struct lb_chan *chan, con
         return -1;
     switch (m->kind_case) {
     case LB__CONTROL__KIND_MIGRATE_REQUEST:
+        if (m->migrate_request->protect) {
+            rc = env->serve_other
+                     ? env->serve_other(env, chan, peer, m, vm_name, err)
+                     : lb_fail(err, LB_E_UNSUPPORTED, "this lifeboatd protects no VMs");
+            break;
+        }
         rc = serve_migration(env, chan, peer, m->migrate_request, vm_name, err);
         break;
     case LB__CONTROL__KIND_HANDOVER_QUERY:

@@ -23,6 +23,7 @@
 #include "core/core.h"
 #include "core/hv.h"
 #include "core/registry.h"
+#include "netproto/control.pb-c.h"
 #include "netproto/netproto.h"
 
 enum lb_compress { LB_COMPRESS_AUTO = 0, LB_COMPRESS_OFF, LB_COMPRESS_ZSTD };
@@ -99,6 +100,10 @@ struct lb_session_env {
     int (*take_conn)(unsigned timeout_ms, struct lb_error *err, void *arg);
     void *arg;
     const char *config_path;    /* host configuration (migrate/config.h); NULL = none */
+    /* A channel whose first message is not migrate's (MigrateRequest with `protect`): the layer
+     * above serves it; owns neither chan nor first. NULL: refused. */
+    int (*serve_other)(const struct lb_session_env *env, struct lb_chan *chan, const char *peer,
+                       Lb__Control *first, char *vm_name, struct lb_error *err);
 };
 
 /* Source. vm entry must be locked by this process. Blocks until the end. On

@@ -165,6 +165,11 @@ enum lb_rec_type {
     LB_REC_ROUND_END = 3,  /* every page of this round on this connection was sent */
     LB_REC_STATE = 4,      /* a piece of device state, in order, on connection 0 */
     LB_REC_END = 5,        /* nothing follows on this connection */
+    /* of checkpoints (remus/stage.h); round = low 32 bits of the epoch */
+    LB_REC_DELTA = 6,      /* runs + zstd of (new XOR what the backup holds) */
+    LB_REC_DISK = 7,       /* block = disk number; payload: operations on it */
+    LB_REC_FRAMES = 8,     /* payload: what the guest sent in this epoch */
+    LB_REC_EPOCH_END = 9,  /* payload: u64 epoch; everything of it was sent */
 };
 enum lb_codec { LB_CODEC_RAW = 0, LB_CODEC_ZSTD = 1 };
 

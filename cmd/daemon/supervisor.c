@@ -75,6 +75,8 @@ void lb_daemon_scan(struct daemon *d)
         case LB_VM_MIGRATING_OUT:
         case LB_VM_INCOMING:
         case LB_VM_HANDED_OVER:
+        case LB_VM_PROTECTED:
+        case LB_VM_STANDBY:
             recover(d, v[i].name);
             break;
         case LB_VM_DEAD:

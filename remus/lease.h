@@ -1,0 +1,48 @@
+/*
+ * remus/lease.h - until when the primary may let output leave and its guest run, and from when on
+ * the backup may ask the witness. Pure: time comes in, decisions go out. CLOCK_MONOTONIC of
+ * each host only; nothing compares clocks of two hosts.
+ *
+ * Every message of the primary (a heartbeat each LB_BEAT_MS, every epoch) carries its send time.
+ * Handling it at its own time h, the backup promises: "I shall not claim before h + lease + margin",
+ * and answers with the send time t. When the answer arrives, the primary knows it is safe until t + lease.
+ * Since t was before h, the primary's lease ends before the backup's promise does, whatever the
+ * delays; margin covers clocks of slightly different speed and the time to stop a guest.
+ *
+ *      primary   |--t------------------------------- t+lease: gate closed, guest frozen
+ *                    no answer for `ask`: claims "alone" at the witness, in time to win
+ *      backup         |--h------------------------------------ h+lease+margin: loads, claims, runs
+ *
+ * Whoever wins the claim at the witness runs; the loser's copy is destroyed. A primary that wins
+ * needs no lease any more.
+ */
+#ifndef LB_LEASE_H
+#define LB_LEASE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define LB_BEAT_MS 10
+#define LB_LEASE_MS 200
+#define LB_LEASE_MIN_MS 50
+
+struct lb_lease {
+    uint64_t lease_ns, ask_ns, margin_ns;  /* ask = 0.6 lease; margin = 0.25 lease */
+    uint64_t until_ns;      /* primary: end of the lease. backup: end of the promise */
+    uint64_t heard_ns;      /* last answer / last message */
+};
+void lb_lease_init(struct lb_lease *l, uint32_t lease_ms, uint64_t now_ns);
+
+/* primary */
+enum lb_lease_state { LB_LEASE_OK, LB_LEASE_ASK, LB_LEASE_LAPSED };
+void lb_lease_answered(struct lb_lease *l, uint64_t sent_ns, uint64_t now_ns); /* never moves until back */
+enum lb_lease_state lb_lease_state(const struct lb_lease *l, uint64_t now_ns);
+/* When the state changes next if nothing is heard. */
+uint64_t lb_lease_next_ns(const struct lb_lease *l, uint64_t now_ns);
+
+/* backup */
+void lb_promise_heard(struct lb_lease *l, uint64_t now_ns);
+bool lb_promise_over(const struct lb_lease *l, uint64_t now_ns);
+uint64_t lb_promise_end_ns(const struct lb_lease *l);
+
+#endif

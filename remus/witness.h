@@ -1,0 +1,66 @@
+/*
+ * remus/witness.h - the third party that decides who may run when a side is silent.
+ *
+ *   etcd:URL[,URL...]  one key per protected VM. Armed by the primary with owner and a fencing revision;
+ *                      a claim is one transaction: if the key is still at that revision, it is mine.
+ *                      Nobody asks while both sides hear each other; both look at it every 2 s
+ *                      to know that it would answer. JSON gateway (/v3/kv/...), libevent's HTTP client.
+ *   fence:CMD          CMD cuts the other host off (power, switch): `CMD off HOST` exits with 0 when that
+ *                      is certain. The primary fences without delay, the backup after its promise.
+ *   manual             The backup never claims by itself; a person says so. The primary always wins.
+ *
+ * The text before the colon chooses the implementation (lb_witness_open). Calls block at most until
+ * their deadline and may be made from any thread; the implementation runs its own loop. Several
+ * URLs are asked at the same time and the first definite answer counts: claims are idempotent by nonce.
+ */
+#ifndef LB_WITNESS_H
+#define LB_WITNESS_H
+
+#include "core/core.h"
+#include "remus/record.h"
+
+enum lb_claim {
+    LB_CLAIM_WON,         /* ours, and nobody else's from now on */
+    LB_CLAIM_LOST,        /* the other side's: never run, never let output leave */
+    LB_CLAIM_UNREACHABLE, /* not known; ask again with the same nonce */
+};
+enum lb_side { LB_SIDE_PRIMARY, LB_SIDE_BACKUP };
+
+struct lb_witness_state {       /* what the key says */
+    bool present;
+    uint64_t revision;
+    char id[LB_PROTECT_ID_HEX]; /* protection that wrote it */
+    char owner[128];            /* host that may run it: key as text */
+    char nonce[LB_PROTECT_ID_HEX];
+    bool armed;                 /* as lb_witness_arm left it: nobody claimed yet */
+};
+
+struct lb_witness;
+/* Parses the spec, starts the loop; nothing is asked yet. LB_E_USAGE with a remedy for a bad spec. */
+int lb_witness_open(const char *spec, enum lb_side side, const char *self_key,
+                    const char *peer_name, struct lb_witness **out, struct lb_error *err);
+void lb_witness_close(struct lb_witness *w); /* NULL is fine */
+/* "etcd", "fence", "manual" */
+const char *lb_witness_kind(const struct lb_witness *w);
+/* May the backup claim without a person? (manual: no) */
+bool lb_witness_automatic(const struct lb_witness *w);
+/* The key of a VM: from its uuid, or from the protection's id when it has none. */
+void lb_witness_key(char out[160], const char *vm_name, const char *uuid, const char *id);
+
+/* Primary: put the key (owner: self, nonce: r->id), whatever it said before, unless another host
+ * owns it and the VM is known to run there: that is LB_E_STATE with its name (a stale key of an
+ * ended protection is overwritten: r->detail explains). Fills r->revision. */
+int lb_witness_arm(struct lb_witness *w, struct lb_remus_record *r, uint64_t deadline_ns,
+                   struct lb_error *err);
+/* Either side. r->nonce must be set (fresh, and saved) before. For UNREACHABLE *err says why. */
+enum lb_claim lb_witness_claim(struct lb_witness *w, const struct lb_remus_record *r,
+                               uint64_t deadline_ns, struct lb_error *err);
+/* Remove our key when it is still ours: after unprotect. */
+int lb_witness_disarm(struct lb_witness *w, const struct lb_remus_record *r, uint64_t deadline_ns,
+                      struct lb_error *err);
+int lb_witness_read(struct lb_witness *w, const char *key, struct lb_witness_state *out,
+                    uint64_t deadline_ns, struct lb_error *err);
+/* The last look at it (background, every 2 s; etcd only, others always healthy). Never blocks. */
+bool lb_witness_healthy(struct lb_witness *w, char why[160]);
+
+#endif
