@@ -69,7 +69,7 @@ static pthread_mutex_t g_stripes[STRIPES];
 
 static _Atomic uint64_t g_pages_written, g_pages_verified, g_bad_pages, g_verify_passes;
 static _Atomic uint64_t g_disk_written, g_disk_verified, g_disk_bad, g_disk_errors;
-static _Atomic uint64_t g_clock_steps, g_tick_max_ns, g_tick_late, g_udp_sent, g_udp_errors;
+static _Atomic uint64_t g_clock_steps, g_tick_max_ns, g_tick_late, g_udp_sent, g_udp_errors, g_spun;
 static _Atomic int g_ready; /* 1 once every page was stamped (or there is no memory work) */
 
 static pthread_mutex_t g_first_bad_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -498,6 +498,25 @@ static void *clock_run(void *arg)
 
 static struct sockaddr_in g_udp_target;
 
+/* As much as the processor gives: work done, for an observer with a clock of his own. */
+static void *spin_run(void *arg)
+{
+    const struct sched_param none = {0};
+    uint64_t x = 88172645463325252ull;
+
+    (void)arg;
+    sched_setscheduler(0, SCHED_IDLE, &none); /* what the rest leaves */
+    for (;;) {
+        for (int i = 0; i < 10000; i++) {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+        }
+        atomic_fetch_add(&g_spun, x ? 1 : 0);
+    }
+    return NULL;
+}
+
 static void *udp_run(void *arg)
 {
     struct {
@@ -602,14 +621,14 @@ static int status_line(char *line, size_t size)
                     ",\"pages_verified\":%" PRIu64 ",\"bad_pages\":%" PRIu64 ",\"verify_passes\":%" PRIu64
                     ",\"disk_written\":%" PRIu64 ",\"disk_verified\":%" PRIu64 ",\"disk_bad\":%" PRIu64
                     ",\"disk_errors\":%" PRIu64 ",\"clock_steps\":%" PRIu64 ",\"tick_max_ms\":%" PRIu64
-                    ",\"tick_late\":%" PRIu64 ",\"udp_sent\":%" PRIu64 ",\"udp_errors\":%" PRIu64
+                    ",\"tick_late\":%" PRIu64 ",\"udp_sent\":%" PRIu64 ",\"udp_errors\":%" PRIu64 ",\"spun\":%" PRIu64
                     ",\"first_bad\":\"%s\",\"work\":\"%s\"}\n",
                     g_nonce, now_ns(CLOCK_MONOTONIC) / 1000000, atomic_load(&g_ready) ? "true" : "false",
                     atomic_load(&g_pages_written), atomic_load(&g_pages_verified), atomic_load(&g_bad_pages),
                     atomic_load(&g_verify_passes), atomic_load(&g_disk_written), atomic_load(&g_disk_verified),
                     atomic_load(&g_disk_bad), atomic_load(&g_disk_errors), atomic_load(&g_clock_steps),
                     atomic_load(&g_tick_max_ns) / 1000000, atomic_load(&g_tick_late), atomic_load(&g_udp_sent),
-                    atomic_load(&g_udp_errors), first_bad, g_work);
+                    atomic_load(&g_udp_errors), atomic_load(&g_spun), first_bad, g_work);
 }
 
 static void send_status(int fd)
@@ -718,6 +737,8 @@ int main(int argc, char **argv)
             udp_start(word + 7);
         } else if (strcmp(word, "lb.clock") == 0) {
             start_thread(clock_run, NULL, 40);
+        } else if (strcmp(word, "lb.spin") == 0) {
+            start_thread(spin_run, NULL, 0);
         } else if (strcmp(word, "lb.echo") == 0) {
             start_thread(echo_run, (void *)(intptr_t)listen_on(7001), 0);
         }
