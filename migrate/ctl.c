@@ -2,9 +2,10 @@
  * migrate/ctl.c - control messages over a channel, and the reader thread that
  * notices a failing peer while the engine is busy with a round.
  */
-#include "migrate/migrate_internal.h"
+#include "migrate/ctl.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <string.h>
 
 int lb_ctl_send(struct lb_chan *c, const Lb__Control *msg, struct lb_error *err)
@@ -132,7 +133,24 @@ struct lb_ctl_queue {
     unsigned n;
     bool ended, interrupted;
     struct lb_error error;
+    bool (*tap)(const Lb__Control *m, void *arg);
+    void *tap_arg;
 };
+
+static bool tapped(struct lb_ctl_queue *q, Lb__Control *m)
+{
+    bool (*tap)(const Lb__Control *, void *);
+    void *arg;
+
+    pthread_mutex_lock(&q->mu);
+    tap = q->tap;
+    arg = q->tap_arg;
+    pthread_mutex_unlock(&q->mu);
+    if (!tap || !tap(m, arg))
+        return false;
+    lb__control__free_unpacked(m, NULL);
+    return true;
+}
 
 static void *reader_main(void *p)
 {
@@ -146,6 +164,8 @@ static void *reader_main(void *p)
 
         if (lb_ctl_recv(q->chan, &m, 0, &err))
             break;
+        if (tapped(q, m))
+            continue;
         n = lb_alloc(sizeof(*n));
         n->m = m;
         pthread_mutex_lock(&q->mu);
@@ -188,6 +208,15 @@ struct lb_ctl_queue *lb_ctl_queue_start(struct lb_chan *c, void (*on_end)(void *
         return NULL;
     }
     return q;
+}
+
+void lb_ctl_queue_tap(struct lb_ctl_queue *q, bool (*tap)(const Lb__Control *m, void *arg),
+                      void *arg)
+{
+    pthread_mutex_lock(&q->mu);
+    q->tap = tap;
+    q->tap_arg = arg;
+    pthread_mutex_unlock(&q->mu);
 }
 
 int lb_ctl_queue_pop(struct lb_ctl_queue *q, Lb__Control **out, uint64_t deadline_ns,

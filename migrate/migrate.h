@@ -132,6 +132,10 @@ char *lb_migrate_result_json(const struct lb_vm_entry *vm, const char *peer, con
                              uint64_t started_wall_ms, const struct lb_migrate_result *res);
 char *lb_progress_json(const struct lb_progress *p);
 
+/* The identity of a registry entry; strings point into e. */
+struct lb_vm_ident lb_entry_ident(const struct lb_vm_entry *e);
+void lb_host_address(const struct lb_host *h, char host[256], uint16_t *port);
+
 /* LIFEBOAT_PAUSE_AT=STATE[:ms] in the environment of a session makes it wait at
  * that point of the hand-over (the fault matrix kills it there). Points: see
  * the table in migrate/points.c. Creates FILE given by LIFEBOAT_PAUSE_FILE when there. */

@@ -17,12 +17,14 @@
  * Threads: the engine thread calls everything but lb_sender_abort. Workers own
  * their connection while a round runs; between rounds the engine does.
  */
-#include "migrate/migrate_internal.h"
+#include "migrate/sender.h"
 
 #include "migrate/tuner.h"
 
 #include <assert.h>
 #include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <time.h>
 
