@@ -9,7 +9,7 @@ CC       := cc
 endif
 CFLAGS   ?= -O2 -g
 WARN     := -Wall -Wextra -Wshadow -Wvla -Wmissing-prototypes -Wformat=2 $(if $(WERROR),-Werror)
-PKGS     := libevent libevent_pthreads libzstd libsodium libprotobuf-c jansson libxxhash libcrypto
+PKGS     := libevent libevent_pthreads libzstd libsodium libprotobuf-c jansson libxxhash libcrypto libnbd
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS   = $(shell pkg-config --libs $(PKGS))
 # SAN=address,undefined or SAN=thread gives a sanitizer build in its own folder
@@ -41,7 +41,9 @@ INTG_BIN := $(INTG_SRC:tests/integration/%.c=$(O)/tests/integration/%)
 TOOL_SRC := $(wildcard tests/tools/*.c)
 TOOL_BIN := $(TOOL_SRC:tests/tools/%.c=$(O)/tests/tools/%)
 
-all: $(O)/lifeboat $(O)/lifeboatd
+PLUGIN   := $(O)/lifeboat-nbdkit-plugin.so
+
+all: $(O)/lifeboat $(O)/lifeboatd $(PLUGIN)
 
 # On a machine without the packages this is what fails first, and says what is missing (the protocols come before all code).
 $(B)/.deps-%: tests/lib/deps.sh
@@ -55,6 +57,11 @@ $(O)/lifeboatd: $(DMN_OBJ) $(O)/liblifeboat.a
 $(O)/liblifeboat.a: $(LIB_OBJ)
 	$(call say,AR,$@)
 	$(Q)rm -f $@ && ar rcs $@ $^
+# nbdkit loads it: no sanitizer in it, whatever the rest is built with
+$(PLUGIN): remus/nbdkit/plugin.c remus/nbdkit/wire.h Makefile | $(B)/.deps-build
+	$(call say,LD,$@)
+	$(Q)mkdir -p $(@D) && $(CC) -std=c11 -D_GNU_SOURCE -I. $(WARN) -Wno-missing-prototypes $(CFLAGS) \
+		$(shell pkg-config --cflags nbdkit) -fPIC -shared -o $@ $< -pthread
 $(O)/obj/%.o: %.c $(GEN_H) Makefile
 	$(call say,CC,$<)
 	$(Q)mkdir -p $(@D) && $(CC) $(ALL_CFLAGS) -c -o $@ $<
@@ -82,6 +89,7 @@ UNIT_T   := $(wildcard tests/unit/*.t)
 E2E_T    := $(wildcard tests/e2e/*.t)
 PROVE    := prove --timer --merge --failures --comments --exec tests/lib/tap.sh
 export LB_BUILD := $(CURDIR)/$(O)
+export LIFEBOAT_PLUGIN_DIR := $(CURDIR)/$(O)
 export LB_GUEST := $(CURDIR)/$(B)/guest
 export CMOCKA_MESSAGE_OUTPUT := TAP
 export PYTHONDONTWRITEBYTECODE := 1
@@ -138,13 +146,15 @@ bench-migrate-run: all tools $(GUEST)
 
 # ---- install
 BINDIR   := $(PREFIX)/sbin
+LIBDIR   := $(PREFIX)/lib/lifeboat
 MANDIR   := $(PREFIX)/share/man
 UNITDIR  := $(PREFIX)/lib/systemd/system
 COMPDIR  := $(PREFIX)/share/bash-completion/completions
 install: all
-	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man5 $(DESTDIR)$(MANDIR)/man8 \
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR) $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man5 $(DESTDIR)$(MANDIR)/man8 \
 		$(DESTDIR)$(UNITDIR) $(DESTDIR)$(COMPDIR)
 	install -m 755 $(O)/lifeboat $(O)/lifeboatd $(DESTDIR)$(BINDIR)
+	install -m 644 $(PLUGIN) $(DESTDIR)$(LIBDIR)
 	install -m 644 cmd/cli/*.1 $(DESTDIR)$(MANDIR)/man1
 	install -m 644 cmd/daemon/*.5 $(DESTDIR)$(MANDIR)/man5
 	install -m 644 cmd/daemon/*.8 $(DESTDIR)$(MANDIR)/man8
@@ -155,7 +165,7 @@ install: all
 format:
 	clang-format -i $(LIB_SRC) $(CLI_SRC) $(DMN_SRC) $(CMN_SRC)
 clean:
-	$(Q)rm -rf $(B)/obj $(B)/gen $(B)/lifeboat $(B)/lifeboatd $(B)/liblifeboat.a $(B)/san-* $(B)/tests
+	$(Q)rm -rf $(B)/obj $(B)/gen $(B)/lifeboat $(B)/lifeboatd $(B)/liblifeboat.a $(B)/*.so $(B)/san-* $(B)/tests
 help:
 	@echo "all            build/lifeboat and build/lifeboatd"
 	@echo "deps-build     (root) install what all needs"
