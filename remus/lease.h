@@ -28,16 +28,19 @@
 
 struct lb_lease {
     uint64_t lease_ns, ask_ns, margin_ns;  /* ask = 0.6 lease; margin = 0.25 lease */
-    uint64_t until_ns;      /* primary: end of the lease. backup: end of the promise */
-    uint64_t heard_ns;      /* last answer / last message */
+    uint64_t until_ns;      /* primary: end of the lease */
+    uint64_t heard_ns;      /* last answer / last message: the backup's promise counts from here */
 };
+/* lease_ms: 0 = LB_LEASE_MS, less than LB_LEASE_MIN_MS is LB_LEASE_MIN_MS. The first lease and the first
+ * promise begin with now_ns: the primary takes that time before it sends Armed, the backup when it handles it. */
 void lb_lease_init(struct lb_lease *l, uint32_t lease_ms, uint64_t now_ns);
 
 /* primary */
 enum lb_lease_state { LB_LEASE_OK, LB_LEASE_ASK, LB_LEASE_LAPSED };
-void lb_lease_answered(struct lb_lease *l, uint64_t sent_ns, uint64_t now_ns); /* never moves until back */
+/* Never moves until_ns back; a sent_ns that is not in the past is ignored. */
+void lb_lease_answered(struct lb_lease *l, uint64_t sent_ns, uint64_t now_ns);
 enum lb_lease_state lb_lease_state(const struct lb_lease *l, uint64_t now_ns);
-/* When the state changes next if nothing is heard. */
+/* When the state changes next if nothing is heard; UINT64_MAX once it has lapsed. */
 uint64_t lb_lease_next_ns(const struct lb_lease *l, uint64_t now_ns);
 
 /* backup */

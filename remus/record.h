@@ -8,7 +8,7 @@
  *                  step it names, so that recovery (lb_remus_recover) can end it.
  *
  *   phase      side     meaning                                  after a crash
- *   arming     primary  no complete checkpoint yet               the guest goes on here, freely
+ *   arming     primary  no complete checkpoint known yet         revision 0: goes on here, freely; else as protected
  *   protected  primary  the backup may take over                 only the witness knows
  *   alone      primary  claimed: the backup never will           the guest goes on here, freely
  *   yielded    primary  planned failover: last checkpoint acked  only the witness knows
@@ -17,6 +17,14 @@
  *   standby    backup   follows                                  destroy the receiver
  *   promoting  backup   loaded; the claim may have been won      ask the witness; run or destroy
  *   promoted   backup   won                                      run it (again: harmless), announce
+ *
+ *   none -> arming -> protected [-> yielded];  arming, protected, yielded -> alone or fenced
+ *   none -> receiving -> standby -> promoting -> promoted
+ *   every phase -> itself, to save its other fields; every phase -> none by lb_record_remove
+ *
+ * The revision is saved (arming -> arming) before Armed is sent: from then on the backup may win
+ * with an epoch whose Ack this side has not seen. A nonce is saved before it is used in a claim. "alone"
+ * is written before the witness is disarmed, as a record without its key decides nothing.
  */
 #ifndef LB_REMUS_RECORD_H
 #define LB_REMUS_RECORD_H
@@ -57,6 +65,7 @@ int lb_wish_save(const char *state_dir, const char *vm, const struct lb_protect_
 int lb_wish_remove(const char *state_dir, const char *vm, struct lb_error *err);
 /* The text of protect.json, for the control channel; caller frees. */
 char *lb_wish_json(const struct lb_protect_wish *w);
+/* LB_E_PROTO when it is wrong: it may be a peer's. */
 int lb_wish_parse(const char *json, struct lb_protect_wish *out, struct lb_error *err);
 
 enum lb_phase {
@@ -82,7 +91,9 @@ struct lb_remus_record {
 /* LB_PH_NONE and 0 when there is none; damaged: LB_E_STATE. */
 int lb_record_load(const char *state_dir, const char *vm, struct lb_remus_record *out,
                    struct lb_error *err);
-/* Durable on return; checks that the move is allowed (assert) and sets phase, changed_ms. */
+/* Durable on return; checks that the move is allowed (assert) and sets phase, changed_ms. r->id is set.
+ * LB_E_STATE when the file is not where *r is: another process, or a record that awaits recovery. On
+ * failure *r is unchanged. */
 int lb_record_move(const char *state_dir, const char *vm, struct lb_remus_record *r,
                    enum lb_phase to, struct lb_error *err);
 int lb_record_remove(const char *state_dir, const char *vm, struct lb_error *err);
