@@ -6,17 +6,12 @@
  * in give_up(): the guest continues here first, then everything else is torn
  * down. After it, only resolve() decides, by what the destination's journal says.
  *
- * Who may end it early: the watcher thread (cancel_fd), the control reader (the
- * peer failed or went away). Both set a flag under `mu`, abort the bulk connections and
- * end the wait for a message, so that the engine, wherever it waits, comes back with an
- * error; neither does anything once `decided` is set.
+ * Who may end it early, until `decided` is set: see tx.h.
  */
 #include "migrate/out_internal.h"
 
 #include "migrate/frames.h"
 
-#include <errno.h>
-#include <poll.h>
 #include <sodium.h>
 #include <string.h>
 
@@ -39,90 +34,6 @@ uint64_t lb_out_ms_since(uint64_t t)
     return (lb_now_ns() - t) / 1000000u;
 }
 
-/* ------------------------------------------------------- being told to stop */
-
-static void interrupt(struct out *o, bool cancel)
-{
-    pthread_mutex_lock(&o->mu);
-    if (!o->decided) {
-        o->cancelled |= cancel;
-        o->aborting = true;
-        if (o->abort_sender)
-            lb_sender_abort(o->abort_sender);
-        if (cancel && o->abort_ctl)
-            lb_ctl_queue_interrupt(o->abort_ctl);
-    }
-    pthread_mutex_unlock(&o->mu);
-}
-
-void lb_out_channel_ended(void *arg)
-{
-    interrupt(arg, false);
-}
-
-void *lb_out_watcher(void *arg)
-{
-    struct out *o = arg;
-    struct pollfd p[2] = {{.fd = o->env->cancel_fd, .events = POLLIN},
-                          {.fd = o->watcher_stop, .events = POLLIN}};
-
-    for (;;) {
-        if (poll(p, 2, -1) < 0 && errno != EINTR)
-            return NULL;
-        if (p[1].revents)
-            return NULL;
-        if (p[0].revents) {
-            interrupt(o, true);
-            return NULL;
-        }
-    }
-}
-
-/* An error that only says "connection aborted" hides who aborted and why. */
-int lb_out_explain(struct out *o, struct lb_error *err)
-{
-    struct pollfd p = {.fd = o->env->cancel_fd, .events = POLLIN};
-    struct lb_error why = LB_ERROR_INIT;
-    bool cancelled;
-
-    pthread_mutex_lock(&o->mu);
-    /* A connect that watches the descriptor itself may be ahead of the watcher thread. */
-    cancelled = o->cancelled || (!o->decided && poll(&p, 1, 0) > 0);
-    pthread_mutex_unlock(&o->mu);
-    if (cancelled) {
-        lb_fail(err, LB_E_CANCELLED, "migration of %s cancelled", o->entry.name);
-        return lb_remedy(err, "the VM runs here; migrate again when it suits");
-    }
-    if (err && (err->code == LB_E_NET || err->code == LB_E_CANCELLED) && o->ctl) {
-        /* The peer's reason may be a moment behind the broken bulk connection. */
-        for (int i = 0; i < 20 && !lb_ctl_queue_ended(o->ctl, &why); i++)
-            lb_sleep_ms(10);
-        if (lb_ctl_queue_ended(o->ctl, &why)) {
-            *err = why;
-            if (why.code == LB_E_NET) {
-                lb_context(err, "connection to host %s", o->to->name);
-                if (!err->remedy[0])
-                    lb_remedy(err, "see whether lifeboatd runs on %s and what its log says",
-                              o->to->name);
-            }
-        }
-    }
-    return -1;
-}
-
-int lb_out_check_interrupt(struct out *o, struct lb_error *err)
-{
-    bool aborting;
-
-    pthread_mutex_lock(&o->mu);
-    aborting = o->aborting;
-    pthread_mutex_unlock(&o->mu);
-    if (!aborting)
-        return 0;
-    lb_fail(err, LB_E_NET, "interrupted");
-    return lb_out_explain(o, err);
-}
-
 /* ----------------------------------------------------------------- progress */
 
 void lb_out_report(struct out *o, bool force)
@@ -135,10 +46,10 @@ void lb_out_report(struct out *o, bool force)
         return;
     o->t_report = now;
     p->state = lb_sm_name(&o->sm);
-    if (o->sender) {
+    if (o->tx.sender) {
         struct lb_sender_stats st;
 
-        lb_sender_get_stats(o->sender, &st);
+        lb_sender_get_stats(o->tx.sender, &st);
         p->sent_bytes = st.wire_bytes;
         p->zstd_level = st.zstd_level;
         p->remaining_pages = o->round_pages > st.done_pages ? o->round_pages - st.done_pages : 0;
@@ -206,8 +117,8 @@ static int destroy_own(struct out *o)
     struct lb_vm_ident id = lb_entry_ident(&o->entry);
 
     if (o->throttled)
-        lb_hv_throttle(o->vm, 0, NULL);
-    if (lb_hv_destroy(LB_STEAL_PTR(o->vm), &err)) {
+        lb_hv_throttle(o->tx.vm, 0, NULL);
+    if (lb_hv_destroy(LB_STEAL_PTR(o->tx.vm), &err)) {
         lb_log_error(LB_LOG_ERROR, &err);
         if (lb_hv_end(o->env->hv, &id, &err))
             return lb_log_error(LB_LOG_ERROR, &err), -1;
@@ -222,7 +133,7 @@ static int destroy_own(struct out *o)
 /* Until the switches have heard from the guest at its new place, its frames come here. */
 static void late_frames(struct out *o)
 {
-    for (int i = 0; o->frames && i < 5 && lb_frames_send(o->frames, o->chan); i++)
+    for (int i = 0; o->frames && i < 5 && lb_frames_send(o->frames, o->tx.chan); i++)
         lb_sleep_ms(4);
 }
 
@@ -232,7 +143,7 @@ static int moved(struct out *o)
     lb_sm_move(&o->sm, S_DONE);
     late_frames(o);
     destroy_own(o);
-    lb_frames_send(o->frames, o->chan);
+    lb_frames_send(o->frames, o->tx.chan);
     o->res->ok = true;
     lb_out_report(o, true);
     return 0;
@@ -297,12 +208,12 @@ static int hand_over(struct out *o, struct lb_error *err)
     bool go;
     int rc;
 
-    pthread_mutex_lock(&o->mu);
-    go = !o->aborting;
-    o->decided = go;
-    pthread_mutex_unlock(&o->mu);
+    pthread_mutex_lock(&o->tx.mu);
+    go = !o->tx.aborting;
+    o->tx.decided = go;
+    pthread_mutex_unlock(&o->tx.mu);
     if (!go)
-        return lb_out_check_interrupt(o, err);
+        return lb_tx_check_interrupt(&o->tx, err);
     lb_point("src-prepared");
     if (lb_journal_move(o->env->state_dir, &o->journal, LB_J_HANDED_OVER, err) &&
         o->journal.state != LB_J_HANDED_OVER)
@@ -313,13 +224,13 @@ static int hand_over(struct out *o, struct lb_error *err)
     c.token = (ProtobufCBinaryData){sizeof(token), token};
     m.kind_case = LB__CONTROL__KIND_COMMIT;
     m.commit = &c;
-    rc = lb_ctl_send(o->chan, &m, &e2);
+    rc = lb_ctl_send(o->tx.chan, &m, &e2);
     lb_point("src-committed");
     if (!rc)
-        lb_frames_send(o->frames, o->chan); /* they wait there for the guest to run */
+        lb_frames_send(o->frames, o->tx.chan); /* they wait there for the guest to run */
     if (!rc)
-        rc = lb_ctl_queue_pop(o->ctl, &in, lb_now_ns() + RUNNING_TIMEOUT_NS, &e2);
-    o->res->downtime_ms = (double)(lb_now_ns() - o->t_stop) / 1e6;
+        rc = lb_ctl_queue_pop(o->tx.ctl, &in, lb_now_ns() + RUNNING_TIMEOUT_NS, &e2);
+    o->res->downtime_ms = (double)(lb_now_ns() - o->tx.t_stop) / 1e6;
     o->res->total_ms = (double)(lb_now_ns() - o->t_start) / 1e6;
     if (rc) {
         lb_log_error(LB_LOG_WARN, &e2);
@@ -349,22 +260,22 @@ static void resume_guest(struct out *o, struct lb_error *err)
     struct lb_vm_ident id = lb_entry_ident(&o->entry);
     bool alive = false, running = false;
 
-    if (!o->vm)
+    if (!o->tx.vm)
         return;
     if (o->saving) {
         void *buf = NULL;
         size_t len;
 
-        if (!lb_hv_save_end(o->vm, &buf, &len, NULL))
+        if (!lb_hv_save_end(o->tx.vm, &buf, &len, NULL))
             free(buf);
         o->saving = false;
     }
-    if (o->stopped) {
+    if (o->tx.stopped) {
         uint64_t until = lb_now_ns() + RESUME_FOR_NS;
 
         for (bool first = true; first || lb_now_ns() < until; first = false) {
             memset(&e2, 0, sizeof(e2));
-            if (!lb_hv_cont(o->vm, &e2))
+            if (!lb_hv_cont(o->tx.vm, &e2))
                 break;
             if (!lb_hv_exists(o->env->hv, &id))
                 break;
@@ -372,9 +283,9 @@ static void resume_guest(struct out *o, struct lb_error *err)
         }
     }
     if (o->throttled)
-        lb_hv_throttle(o->vm, 0, NULL);
+        lb_hv_throttle(o->tx.vm, 0, NULL);
     if (!lb_hv_exists(o->env->hv, &id) ||
-        lb_hv_status(o->vm, &alive, &running, NULL))
+        lb_hv_status(o->tx.vm, &alive, &running, NULL))
         alive = running = false;
     o->entry.state = LB_VM_RUNNING;
     if (!lb_hv_exists(o->env->hv, &id)) {
@@ -384,7 +295,7 @@ static void resume_guest(struct out *o, struct lb_error *err)
                 o->entry.name, (int)o->entry.proc.pid);
         lb_remedy(err, "see the log of the VM in %s/vms/%s; nothing runs on %s",
                   o->env->state_dir, o->entry.name, o->to->name);
-    } else if (o->stopped && !running) {
+    } else if (o->tx.stopped && !running) {
         lb_log(LB_LOG_ERROR, "the guest could not be continued: %s", e2.message);
         /* Not RUNNING: recovery goes on trying where we have to end. */
         o->entry.state = LB_VM_MIGRATING_OUT;
@@ -408,14 +319,14 @@ static void give_up(struct out *o, struct lb_error *err)
     bool after = o->sm.state == S_HANDED_OVER; /* refused by the destination */
 
     resume_guest(o, err);
-    if (o->chan && o->reached_peer && !after) {
+    if (o->tx.chan && o->tx.reached_peer && !after) {
         Lb__Control m = LB__CONTROL__INIT;
         Lb__Cancel c = LB__CANCEL__INIT;
 
         c.reason = err ? err->message : (char *)"";
         m.kind_case = LB__CONTROL__KIND_CANCEL;
         m.cancel = &c;
-        lb_ctl_send(o->chan, &m, NULL);
+        lb_ctl_send(o->tx.chan, &m, NULL);
     }
     if (o->journalled && o->journal.state == LB_J_PREPARING) {
         snprintf(o->journal.detail, sizeof(o->journal.detail), "%.200s",
@@ -435,40 +346,17 @@ static void give_up(struct out *o, struct lb_error *err)
 
 static void tear_down(struct out *o)
 {
-    pthread_mutex_lock(&o->mu);
-    o->abort_sender = NULL;
-    o->abort_ctl = NULL;
-    pthread_mutex_unlock(&o->mu);
-    if (o->watching) {
-        uint64_t one = 1;
-
-        if (write(o->watcher_stop, &one, sizeof(one)) == sizeof(one))
-            pthread_join(o->watcher, NULL);
-    }
-    if (o->watcher_stop >= 0)
-        close(o->watcher_stop);
-    lb_ctl_queue_stop(o->ctl);
-    if (o->sender) {
+    if (o->tx.sender) {
         struct lb_sender_stats st;
 
-        lb_sender_get_stats(o->sender, &st);
+        lb_sender_get_stats(o->tx.sender, &st);
         o->res->wire_bytes = st.wire_bytes;
         o->res->zero_pages = st.zero_pages;
         o->res->raw_pages = st.raw_pages;
         o->res->zstd_pages = st.zstd_pages;
     }
-    lb_sender_free(o->sender);
     lb_frames_free(o->frames);
-    lb_chan_close(o->chan);
-    lb_hv_detach(o->vm);
-    for (unsigned b = 0; b < o->n_blocks && o->dirty; b++)
-        lb_bitmap_free(&o->dirty[b]);
-    free(o->dirty);
-    lb_vm_desc_free(&o->desc);
-    if (o->have_cfg)
-        lb_config_free(&o->cfg);
-    sodium_memzero(&o->keys, sizeof(o->keys));
-    pthread_mutex_destroy(&o->mu);
+    lb_tx_close(&o->tx);
 }
 
 /* For an error that came up too deep to know what a person could do. */
@@ -497,7 +385,6 @@ int lb_migrate_out(const struct lb_session_env *env, const struct lb_vm_entry *v
     struct lb_migrate_opts eff = *opts;
     struct lb_error local = LB_ERROR_INIT;
     struct lb_report mine = {0};
-    uint8_t token[LB_TOKEN_BYTES];
     struct out *o = lb_alloc(sizeof(*o));
     int rc;
 
@@ -507,16 +394,17 @@ int lb_migrate_out(const struct lb_session_env *env, const struct lb_vm_entry *v
     o->opts = &eff;
     o->res = res;
     o->entry = *vm;
-    o->watcher_stop = -1;
     o->prog.converges = -1;
     o->prog.eta_s = -1;
     o->prog.ram_bytes = 0;
     if (!eff.max_downtime_ms)
         eff.max_downtime_ms = LB_DEFAULT_MAX_DOWNTIME_MS;
-    pthread_mutex_init(&o->mu, NULL);
+    lb_tx_init(&o->tx, env, to, &o->entry, &eff);
+    o->tx.what = "migration";
+    o->tx.verb = "migrate";
     lb_sm_init(&o->sm, "migrate-out", states, LB_ARRAY_LEN(states), S_CONNECT);
-    randombytes_buf(token, sizeof(token));
-    lb_hex(o->journal.token, token, sizeof(token));
+    randombytes_buf(o->tx.token, sizeof(o->tx.token));
+    lb_hex(o->journal.token, o->tx.token, sizeof(o->tx.token));
     snprintf(o->journal.vm, sizeof(o->journal.vm), "%s", vm->name);
     snprintf(o->journal.peer, sizeof(o->journal.peer), "%s", to->name);
     lb_key_format(o->journal.peer_key, to->pub);
@@ -525,11 +413,11 @@ int lb_migrate_out(const struct lb_session_env *env, const struct lb_vm_entry *v
     o->t_start = lb_now_ns();
 
     lb_out_report(o, true);
-    rc = lb_out_open(o, &mine, &local);
+    rc = lb_tx_open(&o->tx, &mine, &local);
     if (!rc) {
-        o->prog.ram_bytes = o->desc.ram_bytes;
+        o->prog.ram_bytes = o->tx.desc.ram_bytes;
         lb_out_move(o, S_PREFLIGHT);
-        rc = lb_out_preflight(o, &mine, &local);
+        rc = lb_tx_preflight(&o->tx, &mine, &local);
     }
     if (!rc && eff.dry_run) {
         lb_out_move(o, S_DONE);
@@ -545,7 +433,7 @@ int lb_migrate_out(const struct lb_session_env *env, const struct lb_vm_entry *v
         rc = lb_out_setup(o, &local);
     res->setup_ms = (double)(lb_now_ns() - o->t_start) / 1e6;
     if (!rc) {
-        o->frames = o->desc.argv ? lb_frames_new(o->desc.argv) : NULL;
+        o->frames = o->tx.desc.argv ? lb_frames_new(o->tx.desc.argv) : NULL;
         rc = lb_out_precopy(o, &local);
     }
     if (!rc)

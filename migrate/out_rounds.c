@@ -1,9 +1,7 @@
 /*
  * migrate/out_rounds.c - pre-copy rounds and the stop-and-copy of the source session.
  *
- * A round sends the pages that were dirty at its start. The log is fetched and cleared
- * only in a micro-stop: with the guest's disk I/O drained, no DMA can be in flight
- * whose page was already looked at (DESIGN 2a).
+ * A round sends the pages that were dirty at its start.
  */
 #include "migrate/out_internal.h"
 
@@ -12,111 +10,33 @@
 #include <string.h>
 #include <xxhash.h>
 
-/* Guest stopped: the pages written since the last time become dirty[], and are forgotten. */
-static int fetch_log(struct out *o, uint64_t *pages, struct lb_error *err)
-{
-    *pages = 0;
-    for (unsigned b = 0; b < o->n_blocks; b++) {
-        lb_bitmap_clear_all(&o->dirty[b]);
-        if (o->blocks[b].kind == LB_RAM_ROM)
-            continue;
-        if (lb_hv_log_clean(o->vm, &o->blocks[b], &o->dirty[b], err))
-            return -1;
-        *pages += lb_bitmap_count(&o->dirty[b]);
-    }
-    return 0;
-}
-
-/* Pause and fetch the log; the guest stays paused. */
 static int pause_guest(struct out *o, uint64_t *pages, struct lb_error *err)
 {
     lb_frames_start(o->frames);
-    o->t_stop = lb_now_ns();
-    o->stopped = true; /* also when stop fails half way: continuing twice does no harm */
-    if (lb_hv_stop(o->vm, err))
-        return -1;
-    return fetch_log(o, pages, err);
+    return lb_tx_pause(&o->tx, pages, err);
 }
 
 static int continue_guest(struct out *o, struct lb_error *err)
 {
-    double ms;
-
-    o->t_clean = lb_now_ns();
-    if (lb_hv_cont(o->vm, err))
+    if (lb_tx_continue(&o->tx, err))
         return -1;
-    o->stopped = false;
     lb_frames_discard(o->frames);
-    ms = (double)(lb_now_ns() - o->t_stop) / 1e6;
-    o->stop_ms = o->stop_ms > 0 ? (o->stop_ms + ms) / 2 : ms;
-    return 0;
-}
-
-int lb_out_micro_stop(struct out *o, struct lb_error *err)
-{
-    uint64_t pages;
-
-    return pause_guest(o, &pages, err) || continue_guest(o, err) ? -1 : 0;
-}
-
-/* What the guest wrote since the last clean, without clearing. */
-int lb_out_count_dirty(struct out *o, uint64_t *pages, struct lb_error *err)
-{
-    *pages = 0;
-    for (unsigned b = 0; b < o->n_blocks; b++) {
-        struct lb_bitmap tmp = {0};
-        int rc;
-
-        if (o->blocks[b].kind == LB_RAM_ROM)
-            continue;
-        if (lb_bitmap_init(&tmp, o->dirty[b].n_bits, err))
-            return -1;
-        rc = lb_hv_log_peek(o->vm, &o->blocks[b], 0, tmp.n_bits, &tmp, err);
-        *pages += lb_bitmap_count(&tmp);
-        lb_bitmap_free(&tmp);
-        if (rc)
-            return -1;
-    }
     return 0;
 }
 
 /* -------------------------------------------------------------------- rounds */
 
-static int wait_round(struct out *o, uint32_t round, struct lb_error *err)
+static int round_tick(void *arg, struct lb_error *err)
 {
-    Lb__Control *m = NULL;
-    int rc;
+    struct out *o = arg;
 
-    while ((rc = lb_sender_round_wait(o->sender, 20, err)) == 1) {
-        lb_out_report(o, false);
-        if (o->opts->timeout_ms && lb_out_ms_since(o->t_start) > o->opts->timeout_ms) {
-            lb_fail(err, LB_E_NO_CONVERGE, "no end within --timeout %llu ms",
-                    (unsigned long long)o->opts->timeout_ms);
-            return lb_remedy(err, "raise --timeout or --bandwidth");
-        }
+    lb_out_report(o, false);
+    if (o->opts->timeout_ms && lb_out_ms_since(o->t_start) > o->opts->timeout_ms) {
+        lb_fail(err, LB_E_NO_CONVERGE, "no end within --timeout %llu ms",
+                (unsigned long long)o->opts->timeout_ms);
+        return lb_remedy(err, "raise --timeout or --bandwidth");
     }
-    if (rc)
-        return lb_out_explain(o, err);
-    /* The destination says when it placed the last page: from here on nothing of
-     * this round sits in a socket buffer, where it would lengthen the pause. */
-    if (lb_ctl_queue_expect(o->ctl, LB__CONTROL__KIND_ROUND_DONE, &m,
-                            lb_now_ns() + PREPARED_TIMEOUT_NS, err))
-        return lb_out_explain(o, err);
-    rc = m->round_done->round == round
-             ? 0
-             : lb_fail(err, LB_E_PROTO, "the peer finished round %u, we are in round %u",
-                       m->round_done->round, round);
-    lb__control__free_unpacked(m, NULL);
-    return rc;
-}
-
-static uint64_t dirty_total(const struct out *o)
-{
-    uint64_t n = 0;
-
-    for (unsigned b = 0; b < o->n_blocks; b++)
-        n += lb_bitmap_count(&o->dirty[b]);
-    return n;
+    return 0;
 }
 
 /* Returns 1 to go on with another round, 0 to stop and copy, -1 on failure. The guest is
@@ -138,13 +58,13 @@ static int decide(struct out *o, unsigned *throttle, struct lb_error *err)
     in.aim_downtime_ms = LB_AIM_DOWNTIME_MS;
     /* stop + log + state + load + two journal writes; the parts that only the end shows
      * are taken from what QEMU needs at least (DESIGN 2a) */
-    in.fixed_downtime_ms = o->stop_ms + 10;
+    in.fixed_downtime_ms = o->tx.stop_ms + 10;
     in.bytes_per_page = sent ? (double)wire / (double)sent : LB_PAGE_SIZE;
     in.elapsed_ms = lb_out_ms_since(o->t_start);
     in.timeout_ms = o->opts->timeout_ms;
     in.bandwidth_limit = o->opts->bandwidth_bytes_per_s;
     in.compress_possible = o->opts->compress == LB_COMPRESS_AUTO && o->prog.zstd_level == 0 &&
-                           lb_sender_compressible(o->sender);
+                           lb_sender_compressible(o->tx.sender);
     in.throttle_possible = o->opts->allow_throttle && o->throttle_percent < 99;
     in.throttle_percent = o->throttle_percent;
     lb_policy_decide(&in, &out);
@@ -161,7 +81,7 @@ static int decide(struct out *o, unsigned *throttle, struct lb_error *err)
         return 0;
     case LB_POLICY_COMPRESS:
         lb_out_note(o, out.reason);
-        lb_sender_force_compress(o->sender);
+        lb_sender_force_compress(o->tx.sender);
         return 1;
     case LB_POLICY_THROTTLE:
         lb_out_note(o, out.reason);
@@ -182,7 +102,7 @@ static void slow_down(struct out *o, unsigned percent)
 
     o->throttle_percent = percent;
     o->throttled = true;
-    if (lb_hv_throttle(o->vm, percent, &e)) {
+    if (lb_hv_throttle(o->tx.vm, percent, &e)) {
         lb_log_error(LB_LOG_WARN, &e);
         o->throttle_percent = 99; /* one step of the ladder fewer */
     }
@@ -208,17 +128,17 @@ int lb_out_precopy(struct out *o, struct lb_error *err)
         r = &o->rounds[o->n_rounds];
         memset(r, 0, sizeof(*r));
         o->t_round = lb_now_ns();
-        o->round_pages = dirty_total(o);
+        o->round_pages = lb_tx_dirty_total(&o->tx);
         o->prog.round = round;
         o->prog.dirty_pages = o->round_pages;
-        lb_sender_get_stats(o->sender, &st);
+        lb_sender_get_stats(o->tx.sender, &st);
         o->wire_before = st.wire_bytes;
-        lb_sender_round_begin(o->sender, round, true);
+        lb_sender_round_begin(o->tx.sender, round, true);
         lb_out_report(o, false);
         lb_point(round == 0 ? "src-round-0" : "src-round-n");
-        if (wait_round(o, round, err))
+        if (lb_tx_wait_round(&o->tx, round, round_tick, o, err))
             return -1;
-        lb_sender_get_stats(o->sender, &st);
+        lb_sender_get_stats(o->tx.sender, &st);
         r->round = round;
         r->pages_skipped = st.skipped_pages;
         r->pages_sent = o->round_pages - st.skipped_pages;
@@ -228,12 +148,12 @@ int lb_out_precopy(struct out *o, struct lb_error *err)
          * it is little enough the guest needs no second pause. */
         if (pause_guest(o, &pages, err))
             return -1;
-        r->guest_ran_ns = o->t_stop - o->t_clean;
+        r->guest_ran_ns = o->tx.t_stop - o->tx.t_clean;
         r->dirty_pages_after = pages;
         o->n_rounds++;
         o->res->rounds = round + 1;
         o->dirty_rate = (double)pages * LB_PAGE_SIZE * 1e9 / (double)r->guest_ran_ns;
-        if (lb_out_check_interrupt(o, err))
+        if (lb_tx_check_interrupt(&o->tx, err))
             return -1;
         throttle = 0;
         rc = decide(o, &throttle, err);
@@ -252,24 +172,24 @@ static int send_last(struct out *o, uint32_t round, struct lb_error *err)
 {
     int rc;
 
-    lb_sender_round_begin(o->sender, round, false);
-    while ((rc = lb_sender_round_wait(o->sender, 20, err)) == 1)
+    lb_sender_round_begin(o->tx.sender, round, false);
+    while ((rc = lb_sender_round_wait(o->tx.sender, 20, err)) == 1)
         ;
-    return rc ? lb_out_explain(o, err) : 0;
+    return rc ? lb_tx_explain(&o->tx, err) : 0;
 }
 
 static int digest_blocks(struct out *o, uint8_t out[16], struct lb_error *err)
 {
-    LB_AUTO_FREE const struct lb_ram_block **v = lb_alloc(sizeof(*v) * (o->n_blocks + 1));
-    LB_AUTO_FREE uint32_t *ids = lb_alloc(sizeof(*ids) * (o->n_blocks + 1));
+    LB_AUTO_FREE const struct lb_ram_block **v = lb_alloc(sizeof(*v) * (o->tx.n_blocks + 1));
+    LB_AUTO_FREE uint32_t *ids = lb_alloc(sizeof(*ids) * (o->tx.n_blocks + 1));
     unsigned n = 0;
 
-    for (unsigned b = 0; b < o->n_blocks; b++)
-        if (o->blocks[b].kind != LB_RAM_ROM) {
-            ids[n] = o->blocks[b].id;
-            v[n++] = &o->blocks[b];
+    for (unsigned b = 0; b < o->tx.n_blocks; b++)
+        if (o->tx.blocks[b].kind != LB_RAM_ROM) {
+            ids[n] = o->tx.blocks[b].id;
+            v[n++] = &o->tx.blocks[b];
         }
-    return lb_memory_digest(o->vm, v, ids, n, o->n_threads + 1, out, err);
+    return lb_memory_digest(o->tx.vm, v, ids, n, o->tx.n_threads + 1, out, err);
 }
 
 static int send_finish(struct out *o, uint32_t round, size_t len, uint64_t sum,
@@ -285,7 +205,7 @@ static int send_finish(struct out *o, uint32_t round, size_t len, uint64_t sum,
         f.digest = (ProtobufCBinaryData){16, (uint8_t *)digest};
     m.kind_case = LB__CONTROL__KIND_FINISH;
     m.finish = &f;
-    return lb_ctl_send(o->chan, &m, err) ? lb_out_explain(o, err) : 0;
+    return lb_ctl_send(o->tx.chan, &m, err) ? lb_tx_explain(&o->tx, err) : 0;
 }
 
 /* The guest is paused since the last round and dirty[] is what is left. Every microsecond
@@ -296,27 +216,27 @@ int lb_out_stop_and_copy(struct out *o, struct lb_error *err)
     uint32_t round = o->res->rounds;
     LB_AUTO_FREE void *state = NULL;
     size_t state_len = 0;
-    uint64_t pages = dirty_total(o), late;
+    uint64_t pages = lb_tx_dirty_total(&o->tx), late;
     uint8_t digest[16];
 
     lb_point("src-stopped");
-    if (lb_hv_save_begin(o->vm, true, err))
+    if (lb_hv_save_begin(o->tx.vm, true, err))
         return -1;
     o->saving = true;
     lb_out_move(o, S_FINAL);
     if (send_last(o, round, err))
         return -1;
     o->saving = false;
-    if (lb_hv_save_end(o->vm, &state, &state_len, err))
+    if (lb_hv_save_end(o->tx.vm, &state, &state_len, err))
         return -1;
     lb_point("src-saved");
     /* A round of its own: a page of both must not overtake itself on another connection. */
     round++;
-    if (fetch_log(o, &late, err) || send_last(o, round, err))
+    if (lb_tx_fetch_log(&o->tx, &late, err) || send_last(o, round, err))
         return -1;
     o->res->final_dirty_pages = (double)(pages + late);
-    if (lb_sender_state(o->sender, round, state, state_len, err))
-        return lb_out_explain(o, err);
+    if (lb_sender_state(o->tx.sender, round, state, state_len, err))
+        return lb_tx_explain(&o->tx, err);
     if (o->opts->verify) {
         if (digest_blocks(o, digest, err))
             return -1;
@@ -327,13 +247,13 @@ int lb_out_stop_and_copy(struct out *o, struct lb_error *err)
         return -1;
     lb_log(LB_LOG_DEBUG, "stop-and-copy: %llu + %llu pages, %zu bytes of state sent after %.1f ms",
            (unsigned long long)pages, (unsigned long long)late, state_len,
-           (double)(lb_now_ns() - o->t_stop) / 1e6);
+           (double)(lb_now_ns() - o->tx.t_stop) / 1e6);
     return 0;
 }
 
 static uint64_t prepared_timeout_ns(const struct out *o)
 {
-    return PREPARED_TIMEOUT_NS + (o->opts->verify ? 2 * o->desc.ram_bytes : 0);
+    return PREPARED_TIMEOUT_NS + (o->opts->verify ? 2 * o->tx.desc.ram_bytes : 0);
 }
 
 int lb_out_wait_prepared(struct out *o, struct lb_error *err)
@@ -343,8 +263,8 @@ int lb_out_wait_prepared(struct out *o, struct lb_error *err)
 
     lb_sm_move(&o->sm, S_WAIT);
     for (;;) {
-        if (lb_ctl_queue_pop(o->ctl, &m, lb_now_ns() + prepared_timeout_ns(o), err))
-            return lb_out_explain(o, err);
+        if (lb_ctl_queue_pop(o->tx.ctl, &m, lb_now_ns() + prepared_timeout_ns(o), err))
+            return lb_tx_explain(&o->tx, err);
         if (m->kind_case == LB__CONTROL__KIND_PREPARED)
             break;
         if (m->kind_case != LB__CONTROL__KIND_ROUND_DONE) { /* of the last round: no news */
