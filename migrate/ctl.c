@@ -123,6 +123,8 @@ struct node {
 struct lb_ctl_queue {
     /* immutable */
     struct lb_chan *chan;
+    bool (*first)(const Lb__Control *m, void *arg);
+    void *first_arg;
     void (*on_end)(void *arg);
     void *arg;
     pthread_t thread;
@@ -191,10 +193,20 @@ static void *reader_main(void *p)
 
 struct lb_ctl_queue *lb_ctl_queue_start(struct lb_chan *c, void (*on_end)(void *arg), void *arg)
 {
+    return lb_ctl_queue_start_first(c, NULL, NULL, on_end, arg);
+}
+
+struct lb_ctl_queue *lb_ctl_queue_start_first(struct lb_chan *c,
+                                              bool (*first)(const Lb__Control *m, void *arg),
+                                              void *first_arg, void (*on_end)(void *arg),
+                                              void *arg)
+{
     struct lb_ctl_queue *q = lb_alloc(sizeof(*q));
     pthread_condattr_t ca;
 
     q->chan = c;
+    q->first = first;
+    q->first_arg = first_arg;
     q->on_end = on_end;
     q->arg = arg;
     q->tail = &q->head;

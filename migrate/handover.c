@@ -49,9 +49,8 @@ static int end(const struct lb_session_env *env, const struct lb_vm_entry *e, st
 
 /* ------------------------------------------------------------------ the question */
 
-int lb_handover_ask(const struct lb_session_env *env, const struct lb_host *peer,
-                    const char *token_hex, const char *vm, enum lb_verdict *out,
-                    struct lb_error *err)
+static int ask(const struct lb_session_env *env, const struct lb_host *peer, const char *token_hex,
+               const char *vm, bool peek, enum lb_verdict *out, struct lb_error *err)
 {
     Lb__Control m = LB__CONTROL__INIT, *in = NULL;
     Lb__HandoverQuery q = LB__HANDOVER_QUERY__INIT;
@@ -74,6 +73,7 @@ int lb_handover_ask(const struct lb_session_env *env, const struct lb_host *peer
     q.hello = &h;
     q.token = (ProtobufCBinaryData){sizeof(token), token};
     q.vm = (char *)vm;
+    q.peek = peek;
     m.kind_case = LB__CONTROL__KIND_HANDOVER_QUERY;
     m.handover_query = &q;
     rc = lb_ctl_send(c, &m, err);
@@ -90,11 +90,27 @@ int lb_handover_ask(const struct lb_session_env *env, const struct lb_host *peer
         *out = LB_VERDICT_RUNNING;
     } else if (!strcmp(in->handover_answer->state, "refused")) {
         *out = LB_VERDICT_REFUSED;
+    } else if (peek && !strcmp(in->handover_answer->state, "open")) {
+        *out = LB_VERDICT_OPEN;
     } else {
         rc = lb_fail(err, LB_E_UNDECIDED, "host %s answered nonsense", peer->name);
     }
     lb__control__free_unpacked(in, NULL);
     return rc;
+}
+
+int lb_handover_ask(const struct lb_session_env *env, const struct lb_host *peer,
+                    const char *token_hex, const char *vm, enum lb_verdict *out,
+                    struct lb_error *err)
+{
+    return ask(env, peer, token_hex, vm, false, out, err);
+}
+
+int lb_handover_peek(const struct lb_session_env *env, const struct lb_host *peer,
+                     const char *token_hex, const char *vm, enum lb_verdict *out,
+                     struct lb_error *err)
+{
+    return ask(env, peer, token_hex, vm, true, out, err);
 }
 
 int lb_handover_answer(const struct lb_session_env *env, struct lb_chan *chan, const char *peer,
@@ -120,6 +136,10 @@ int lb_handover_answer(const struct lb_session_env *env, struct lb_chan *chan, c
         break;
     case LB_J_NONE:
     case LB_J_PREPARED:
+        if (q->peek) {
+            a.state = (char *)(j.state == LB_J_NONE ? "refused" : "open");
+            break;
+        }
         if (j.state == LB_J_NONE) {
             snprintf(j.token, sizeof(j.token), "%s", token);
             snprintf(j.vm, sizeof(j.vm), "%.127s", q->vm);

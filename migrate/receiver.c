@@ -10,9 +10,11 @@
  * block table, rounds must follow each other, state has a hard maximum. A
  * failure in one worker aborts all; the receiver is thrown away.
  */
-#include "migrate/migrate_internal.h"
+#include "migrate/receiver.h"
 
 #include <assert.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #define STATE_MAX_BYTES (256u << 20)

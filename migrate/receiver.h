@@ -1,0 +1,28 @@
+/*
+ * migrate/receiver.h - the bulk workers of a destination: records of N connections -> guest RAM.
+ *
+ * Used by migrations and by the first copy of a protection. The engine thread calls everything
+ * but lb_receiver_abort.
+ */
+#ifndef LB_RECEIVER_H
+#define LB_RECEIVER_H
+
+#include "core/hv.h"
+#include "netproto/netproto.h"
+
+struct lb_receiver;
+/* map[i]: local block for the source's block id i, NULL: not expected (ROM that agrees).
+ * Takes over the connections. on_event: a round or the state is complete, or a worker
+ * failed; from a worker thread. */
+int lb_receiver_new(struct lb_hv_vm *vm, const struct lb_ram_block *const *map, unsigned n_map,
+                    struct lb_bulk **conns, unsigned n_conns, void (*on_event)(void *arg),
+                    void *arg, struct lb_receiver **out, struct lb_error *err);
+/* 0 + the last complete round (-1: none yet) or -1 with the first worker's error. */
+int lb_receiver_poll(struct lb_receiver *r, int64_t *round, bool *ended, struct lb_error *err);
+/* After `ended`: the device state, owned by r. */
+void lb_receiver_state(struct lb_receiver *r, const void **buf, size_t *len);
+uint64_t lb_receiver_pages(struct lb_receiver *r);
+void lb_receiver_abort(struct lb_receiver *r); /* any thread: every connection fails at once */
+void lb_receiver_free(struct lb_receiver *r);  /* joins, closes; NULL is fine */
+
+#endif
