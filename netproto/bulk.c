@@ -22,6 +22,7 @@
 #include <sodium.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <xxhash.h>
 
 #define SBUF_BYTES ((size_t)128 << 10)
 #define RBUF_BYTES ((size_t)128 << 10)
@@ -59,6 +60,9 @@ struct lb_bulk {
     struct lb_page_run *runs;
     struct lb_zstd *rx_zstd;
     uint8_t *rx_bounce, *rx_plain; /* at first use */
+    uint64_t rx_until_ns; /* lb_bulk_set_payload_deadline */
+    size_t rx_done;       /* bytes of a payload that a deadline cut in two */
+    bool rx_open;         /* such a payload is begun */
     bool rx_broken;
 
     /* any thread, relaxed; written by the sending thread */
@@ -490,6 +494,112 @@ int lb_bulk_send_mark(struct lb_bulk *b, enum lb_rec_type type, uint32_t round, 
     return sent(b, flush(b, err)); /* the other side waits for marks */
 }
 
+void lb_bulk_set_checkpoint(struct lb_bulk *b)
+{
+    b->limits.checkpoint = true;
+}
+
+uint64_t lb_bulk_checksum(uint64_t sum, const void *pages, size_t n_pages)
+{
+    const uint8_t *p = pages;
+    for (size_t i = 0; i < n_pages; i++, p += LB_WIRE_PAGE_BYTES)
+        sum = (sum << 1 | sum >> 63) ^ XXH3_64bits(p, LB_WIRE_PAGE_BYTES);
+    return sum;
+}
+
+/* zstd of len bytes at in, which nobody changes. Bytes in *frame, 0: not worth it. */
+static size_t pack(struct lb_bulk *b, const void *in, size_t len, int level, const uint8_t **frame)
+{
+    if (!b->tx_zstd)
+        b->tx_zstd = lb_zstd_new();
+    uint64_t start_ns = lb_now_ns();
+    size_t packed = lb_zstd_pack(b->tx_zstd, in, len, level, frame);
+    count(&b->zstd_ns, lb_now_ns() - start_ns);
+    count(&b->zstd_in_bytes, len);
+    count(&b->zstd_out_bytes, packed ? packed : len);
+    return packed;
+}
+
+int lb_bulk_send_delta(struct lb_bulk *b, uint32_t round, uint32_t block_id,
+                       const struct lb_page_run *runs, unsigned n_runs, const void *xored,
+                       uint64_t checksum, int zstd_level, struct lb_error *err)
+{
+    struct lb_rec_header h = {.type = LB_REC_DELTA, .codec = LB_CODEC_ZSTD, .round = round,
+                              .block_id = block_id, .n_runs = n_runs};
+    uint8_t head[LB_KEYSTREAM_ALIGN], sum[LB_REC_CHECKSUM_BYTES];
+    const uint8_t *frame = NULL;
+
+    if (check_tx(b, err) < 0)
+        return -1;
+    assert(b->limits.checkpoint && n_runs > 0 && n_runs <= LB_REC_MAX_PAGES);
+    for (unsigned i = 0; i < n_runs; i++)
+        h.n_pages += runs[i].count;
+    assert(h.n_pages <= LB_REC_MAX_PAGES);
+    size_t packed = pack(b, xored, (size_t)h.n_pages * LB_WIRE_PAGE_BYTES, zstd_level, &frame);
+    if (packed == 0)
+        return 0;
+    h.payload_bytes = (uint32_t)(LB_REC_CHECKSUM_BYTES + packed);
+    lb_put64(sum, checksum);
+    /* a piece of several parts: all but the last are whole blocks of the key stream */
+    size_t n_head = LB_MIN(packed, sizeof(head) - sizeof(sum));
+    memcpy(head, sum, sizeof(sum));
+    memcpy(head + sizeof(sum), frame, n_head);
+    struct iovec iov[] = {{head, sizeof(sum) + n_head},
+                          {(void *)(uintptr_t)(frame + n_head), packed - n_head}};
+    if (put_head(b, &h, runs, err) < 0 || put_sealed(b, iov, packed > n_head ? 2 : 1, err) < 0)
+        return sent(b, -1);
+    return 1;
+}
+
+int lb_bulk_send_data(struct lb_bulk *b, enum lb_rec_type type, uint32_t round, uint32_t block_id,
+                      const struct iovec *iov, unsigned n_iov, int zstd_level,
+                      struct lb_error *err)
+{
+    struct lb_rec_header h = {.type = (uint16_t)type, .round = round, .block_id = block_id};
+    const uint8_t *frame = NULL;
+    size_t len = 0, packed = 0;
+
+    if (check_tx(b, err) < 0)
+        return -1;
+    if (!b->tx_bounce && !(b->tx_bounce = lb_try_alloc(LB_REC_MAX_PAYLOAD, err)))
+        return sent(b, -1);
+    for (unsigned i = 0; i < n_iov; i++) { /* together, so that the parts may have any length */
+        assert(iov[i].iov_len <= LB_REC_MAX_PAYLOAD - len);
+        memcpy(b->tx_bounce + len, iov[i].iov_base, iov[i].iov_len);
+        len += iov[i].iov_len;
+    }
+    assert(b->limits.checkpoint && len > 0);
+    if (zstd_level != 0)
+        packed = pack(b, b->tx_bounce, len, zstd_level, &frame);
+    struct iovec payload = {b->tx_bounce, len};
+    if (packed > 0)
+        payload = (struct iovec){(void *)(uintptr_t)frame, packed};
+    h.codec = packed > 0 ? LB_CODEC_ZSTD : LB_CODEC_RAW;
+    h.payload_bytes = (uint32_t)payload.iov_len;
+    if (put_head(b, &h, NULL, err) < 0 || put_sealed(b, &payload, 1, err) < 0)
+        return sent(b, -1);
+    return packed > 0;
+}
+
+int lb_bulk_send_state_xor(struct lb_bulk *b, uint32_t round, const void *xored, size_t len,
+                           int zstd_level, struct lb_error *err)
+{
+    struct lb_rec_header h = {.type = LB_REC_STATE, .codec = LB_CODEC_XOR_ZSTD, .round = round};
+    const uint8_t *frame = NULL;
+
+    if (check_tx(b, err) < 0)
+        return -1;
+    assert(b->limits.checkpoint);
+    size_t packed = pack(b, xored, len, zstd_level, &frame);
+    if (packed == 0)
+        return 0;
+    struct iovec payload = {(void *)(uintptr_t)frame, packed};
+    h.payload_bytes = (uint32_t)packed;
+    if (put_head(b, &h, NULL, err) < 0 || put_sealed(b, &payload, 1, err) < 0)
+        return sent(b, -1);
+    return 1;
+}
+
 int lb_bulk_flush(struct lb_bulk *b, struct lb_error *err)
 {
     return check_tx(b, err) < 0 ? -1 : sent(b, flush(b, err));
@@ -556,36 +666,56 @@ static int get_sealed(struct lb_bulk *b, size_t len, uint64_t deadline_ns, uint8
     return 0;
 }
 
-/* Payload of the present record into iov (together exactly hdr.payload_bytes). */
+void lb_bulk_set_payload_deadline(struct lb_bulk *b, uint64_t deadline_ns)
+{
+    b->rx_until_ns = deadline_ns;
+}
+
+static int need_payload(struct lb_bulk *b, size_t len, struct lb_error *err)
+{
+    return need(b, len, b->rx_until_ns ? b->rx_until_ns : lb_now_ns() + STALL_LIMIT_NS, err);
+}
+
+/* Payload of the present record into iov (together exactly hdr.payload_bytes). Goes on where a
+ * deadline has stopped it. */
 static int get_payload(struct lb_bulk *b, const struct iovec *iov, unsigned n, struct lb_error *err)
 {
-    if (lb_aead_begin(&b->rx, err) < 0)
+    if (!b->rx_open && lb_aead_begin(&b->rx, err) < 0)
         return -1;
+    if (!b->rx_open)
+        b->rx_done = 0;
+    b->rx_open = true;
+    size_t skip = b->rx_done;
     for (unsigned i = 0; i < n; i++) {
-        uint8_t *dst = iov[i].iov_base;
-        size_t left = iov[i].iov_len;
+        size_t have = LB_MIN(skip, iov[i].iov_len), left = iov[i].iov_len - have;
+        uint8_t *dst = (uint8_t *)iov[i].iov_base + have;
+        skip -= have;
         while (left > 0) {
-            if (need(b, LB_MIN(left, (size_t)LB_KEYSTREAM_ALIGN), lb_now_ns() + STALL_LIMIT_NS,
-                     err) < 0)
+            if (need_payload(b, LB_MIN(left, (size_t)LB_KEYSTREAM_ALIGN), err) < 0)
                 return -1;
             size_t take = b->r_end - b->r_pos;
             take = take >= left ? left : take & ~(size_t)(LB_KEYSTREAM_ALIGN - 1);
             if (lb_aead_update(&b->rx, b->rbuf + b->r_pos, take, dst, err) < 0)
                 return -1;
             b->r_pos += take;
+            b->rx_done += take;
             dst += take;
             left -= take;
         }
     }
-    if (need(b, LB_TAG_BYTES, lb_now_ns() + STALL_LIMIT_NS, err) < 0)
+    if (need_payload(b, LB_TAG_BYTES, err) < 0)
         return -1;
     b->r_pos += LB_TAG_BYTES;
+    b->rx_open = false;
     return lb_aead_finish(&b->rx, b->rbuf + b->r_pos - LB_TAG_BYTES, err);
 }
 
-/* The end of taking a payload: next comes a header, or nothing any more. */
-static int taken(struct lb_bulk *b, int rc)
+/* The end of taking a payload: next comes a header, or the rest of it when only a deadline has
+ * passed, or nothing any more. */
+static int taken(struct lb_bulk *b, int rc, const struct lb_error *err)
 {
+    if (rc < 0 && b->rx_open && b->rx_until_ns && err && lb_is_timeout(err))
+        return rc;
     if (rc < 0)
         b->rx_broken = true;
     else
@@ -604,7 +734,7 @@ static uint8_t *bounce(uint8_t **p, struct lb_error *err)
 static int skip_payload(struct lb_bulk *b, struct lb_error *err)
 {
     struct iovec iov = {.iov_base = bounce(&b->rx_bounce, err), .iov_len = b->hdr.payload_bytes};
-    return taken(b, iov.iov_base ? get_payload(b, &iov, 1, err) : -1);
+    return taken(b, iov.iov_base ? get_payload(b, &iov, 1, err) : -1, err);
 }
 
 static int recv_header(struct lb_bulk *b, uint64_t deadline_ns, struct lb_error *err)
@@ -644,18 +774,19 @@ int lb_bulk_recv(struct lb_bulk *b, struct lb_record *rec, uint64_t deadline_ns,
 {
     if (b->rx_broken)
         return lb_fail(err, LB_E_NET, "this bulk connection has failed before");
-    assert(b->rx_state != RX_PAYLOAD); /* the caller must take a payload first */
+    /* the caller must take a payload first */
+    assert(b->rx_state != RX_PAYLOAD || b->hdr.skip);
     if (b->rx_state == RX_END)
         return lb_fail(err, LB_E_STATE, "the bulk connection has ended");
     for (;;) {
+        if (b->rx_state == RX_PAYLOAD && skip_payload(b, err) < 0)
+            return -1;
         if (b->rx_state == RX_HEADER && recv_header(b, deadline_ns, err) < 0)
             return -1;
         if (recv_runs(b, deadline_ns, err) < 0)
             return -1;
         if (!b->hdr.skip)
             break;
-        if (b->rx_state == RX_PAYLOAD && skip_payload(b, err) < 0)
-            return -1;
     }
     *rec = (struct lb_record){
         .type = (enum lb_rec_type)b->hdr.type,
@@ -701,8 +832,8 @@ int lb_bulk_recv_pages(struct lb_bulk *b, const struct lb_record *rec, const str
     for (uint32_t i = 0; i < rec->n_runs; i++)
         assert(dst[i].iov_len == (size_t)rec->runs[i].count * LB_WIRE_PAGE_BYTES);
     if (rec->codec == LB_CODEC_ZSTD)
-        return taken(b, recv_zstd(b, rec, dst, err));
-    return taken(b, get_payload(b, dst, rec->n_runs, err));
+        return taken(b, recv_zstd(b, rec, dst, err), err);
+    return taken(b, get_payload(b, dst, rec->n_runs, err), err);
 }
 
 int lb_bulk_recv_data(struct lb_bulk *b, const struct lb_record *rec, void *buf,
@@ -710,5 +841,50 @@ int lb_bulk_recv_data(struct lb_bulk *b, const struct lb_record *rec, void *buf,
 {
     struct iovec iov = {.iov_base = buf, .iov_len = rec->payload_bytes};
     assert(b->rx_state == RX_PAYLOAD && b->hdr.type == LB_REC_STATE && !b->rx_broken);
-    return taken(b, get_payload(b, &iov, 1, err));
+    assert(!b->limits.checkpoint); /* there it may be compressed */
+    return taken(b, get_payload(b, &iov, 1, err), err);
+}
+
+/* The payload, as it is, into b's own buffer. */
+static const uint8_t *get_own(struct lb_bulk *b, const struct lb_record *rec, struct lb_error *err)
+{
+    struct iovec iov = {.iov_base = bounce(&b->rx_bounce, err), .iov_len = rec->payload_bytes};
+    return iov.iov_base && get_payload(b, &iov, 1, err) == 0 ? iov.iov_base : NULL;
+}
+
+int lb_bulk_recv_delta(struct lb_bulk *b, const struct lb_record *rec, void *xored,
+                       uint64_t *checksum, struct lb_error *err)
+{
+    assert(b->rx_state == RX_PAYLOAD && b->hdr.type == LB_REC_DELTA && !b->rx_broken);
+    if (!b->rx_zstd)
+        b->rx_zstd = lb_zstd_new();
+    const uint8_t *p = get_own(b, rec, err);
+    if (!p)
+        return taken(b, -1, err);
+    *checksum = lb_get64(p);
+    return taken(b, lb_zstd_decompress(b->rx_zstd, p + LB_REC_CHECKSUM_BYTES,
+                                       rec->payload_bytes - LB_REC_CHECKSUM_BYTES, xored,
+                                       (size_t)rec->n_pages * LB_WIRE_PAGE_BYTES, err), err);
+}
+
+int lb_bulk_recv_blob(struct lb_bulk *b, const struct lb_record *rec, const void **data,
+                      size_t *len, struct lb_error *err)
+{
+    assert(b->rx_state == RX_PAYLOAD && b->limits.checkpoint && rec->n_runs == 0 && !b->rx_broken);
+    const uint8_t *p = get_own(b, rec, err);
+    if (!p)
+        return taken(b, -1, err);
+    *data = p;
+    *len = rec->payload_bytes;
+    if (rec->codec == LB_CODEC_RAW)
+        return taken(b, 0, err);
+    if (!b->rx_zstd)
+        b->rx_zstd = lb_zstd_new();
+    void *plain = bounce(&b->rx_plain, err);
+    if (!plain ||
+        lb_zstd_content_bytes(p, rec->payload_bytes, LB_REC_MAX_PAYLOAD, len, err) < 0 ||
+        lb_zstd_decompress(b->rx_zstd, p, rec->payload_bytes, plain, *len, err) < 0)
+        return taken(b, -1, err);
+    *data = plain;
+    return taken(b, 0, err);
 }

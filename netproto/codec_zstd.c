@@ -62,6 +62,15 @@ static size_t squeeze(struct lb_zstd *z, const void *in, size_t len)
     return ZSTD_isError(n) ? 0 : n;
 }
 
+size_t lb_zstd_pack(struct lb_zstd *z, const void *in, size_t len, int level, const uint8_t **out)
+{
+    assert(len > 0 && len <= LB_REC_MAX_PAYLOAD && level != 0);
+    if (!prepare(z, level))
+        return 0;
+    *out = z->out;
+    return squeeze(z, in, len);
+}
+
 size_t lb_zstd_compress(struct lb_zstd *z, const void *in, size_t len, int level,
                         const uint8_t **out)
 {
@@ -79,6 +88,17 @@ size_t lb_zstd_compress(struct lb_zstd *z, const void *in, size_t len, int level
     }
     *out = z->out;
     return squeeze(z, in, len);
+}
+
+int lb_zstd_content_bytes(const void *in, size_t len, size_t max, size_t *out,
+                          struct lb_error *err)
+{
+    /* unknown and error are zstd's two largest values */
+    unsigned long long n = ZSTD_getFrameContentSize(in, len);
+    if (n == 0 || n > max)
+        return lb_fail(err, LB_E_PROTO, "a compressed record does not say how much it holds");
+    *out = (size_t)n;
+    return 0;
 }
 
 int lb_zstd_decompress(struct lb_zstd *z, const void *in, size_t len, void *out, size_t out_len,

@@ -166,12 +166,16 @@ enum lb_rec_type {
     LB_REC_STATE = 4,      /* a piece of device state, in order, on connection 0 */
     LB_REC_END = 5,        /* nothing follows on this connection */
     /* of checkpoints (remus/stage.h); round = low 32 bits of the epoch */
-    LB_REC_DELTA = 6,      /* runs + zstd of (new XOR what the backup holds) */
+    LB_REC_DELTA = 6,      /* runs + checksum + zstd of (new XOR what the backup holds) */
     LB_REC_DISK = 7,       /* block = disk number; payload: operations on it */
     LB_REC_FRAMES = 8,     /* payload: what the guest sent in this epoch */
     LB_REC_EPOCH_END = 9,  /* payload: u64 epoch; everything of it was sent */
 };
-enum lb_codec { LB_CODEC_RAW = 0, LB_CODEC_ZSTD = 1 };
+enum lb_codec {
+    LB_CODEC_RAW = 0,
+    LB_CODEC_ZSTD = 1,
+    LB_CODEC_XOR_ZSTD = 2, /* STATE of a checkpoint: as DELTA, against the last epoch's device state */
+};
 
 #define LB_REC_MAX_PAGES 256u              /* pages per record: 1 MiB */
 #define LB_REC_MAX_PAYLOAD (1u << 20)      /* hard maximum, checked before anything else */
@@ -236,6 +240,25 @@ int lb_bulk_send_mark(struct lb_bulk *b, enum lb_rec_type type, uint32_t round, 
                       size_t len, struct lb_error *err);
 int lb_bulk_flush(struct lb_bulk *b, struct lb_error *err);
 
+/* ---- checkpoint connections: DELTA, DISK, FRAMES, EPOCH_END, and STATE on whatever index; no ROUND_END.
+ * Both sides say so before their first record. */
+void lb_bulk_set_checkpoint(struct lb_bulk *b);
+/* xored: the pages of the runs in order, each XOR what the other side holds. checksum: of the pages
+ * as they will be (lb_bulk_checksum). Returns 1, or 0 when it does not compress to 7/8: nothing was sent. */
+int lb_bulk_send_delta(struct lb_bulk *b, uint32_t round, uint32_t block_id,
+                       const struct lb_page_run *runs, unsigned n_runs, const void *xored,
+                       uint64_t checksum, int zstd_level, struct lb_error *err);
+/* STATE, DISK, FRAMES or EPOCH_END: 0 < len <= LB_REC_MAX_PAYLOAD. zstd_level 0 = raw; otherwise
+ * compressed when that saves 1/8. Buffered. Returns 1 when compressed, else 0. */
+int lb_bulk_send_data(struct lb_bulk *b, enum lb_rec_type type, uint32_t round, uint32_t block_id,
+                      const struct iovec *iov, unsigned n_iov, int zstd_level,
+                      struct lb_error *err);
+/* STATE as XOR with the last epoch's at the same place. 1, or 0: nothing sent, as for a delta. */
+int lb_bulk_send_state_xor(struct lb_bulk *b, uint32_t round, const void *xored, size_t len,
+                           int zstd_level, struct lb_error *err);
+/* Of n pages, for DELTA: XXH3-64 of each in order, folded. Start with 0. */
+uint64_t lb_bulk_checksum(uint64_t sum, const void *pages, size_t n_pages);
+
 /* Receive: header and runs are authenticated and checked against hard limits and
  * against what lb_bulk_set_blocks allows before this returns. A deadline that passes in
  * lb_bulk_recv (LB_E_NET, sys_errno ETIMEDOUT) loses nothing: call again. Any other failure is
@@ -244,6 +267,9 @@ int lb_bulk_set_blocks(struct lb_bulk *b, const uint64_t *n_pages_of_block, unsi
                        struct lb_error *err);
 int lb_bulk_recv(struct lb_bulk *b, struct lb_record *rec, uint64_t deadline_ns,
                  struct lb_error *err);
+/* A payload must come within 60 s; or before deadline_ns (0: 60 s again), and then a call that ends
+ * with ETIMEDOUT loses nothing either: repeat it with the same arguments. */
+void lb_bulk_set_payload_deadline(struct lb_bulk *b, uint64_t deadline_ns);
 /* Then exactly one of these for a record with payload (PAGES, STATE):
  * decrypt/decompress into dst[i] = runs[i].count pages each, without an intermediate
  * copy where the cipher allows. On failure the contents of dst are undefined and
@@ -252,6 +278,12 @@ int lb_bulk_recv_pages(struct lb_bulk *b, const struct lb_record *rec, const str
                        struct lb_error *err);
 int lb_bulk_recv_data(struct lb_bulk *b, const struct lb_record *rec, void *buf,
                       struct lb_error *err);
+/* On checkpoint connections: DELTA into xored (n_pages pages, contiguous)... */
+int lb_bulk_recv_delta(struct lb_bulk *b, const struct lb_record *rec, void *xored,
+                       uint64_t *checksum, struct lb_error *err);
+/* ...and the others, decompressed: *data is b's until the next call, 0 < *len <= LB_REC_MAX_PAYLOAD. */
+int lb_bulk_recv_blob(struct lb_bulk *b, const struct lb_record *rec, const void **data,
+                      size_t *len, struct lb_error *err);
 void lb_bulk_abort(struct lb_bulk *b);  /* any thread */
 void lb_bulk_close(struct lb_bulk *b);  /* NULL is fine; wipes keys */
 

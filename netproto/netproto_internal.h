@@ -36,6 +36,10 @@ static inline uint32_t lb_get32(const uint8_t *p)
 {
     return (uint32_t)lb_get16(p) | (uint32_t)lb_get16(p + 2) << 16;
 }
+static inline uint64_t lb_get64(const uint8_t *p)
+{
+    return (uint64_t)lb_get32(p) | (uint64_t)lb_get32(p + 4) << 32;
+}
 
 /* ------------------------------------------------------------- transport */
 
@@ -100,6 +104,11 @@ void lb_zstd_free(struct lb_zstd *z);
  * z, valid until the next call), or 0 when that does not save 1/8 or fails. */
 size_t lb_zstd_compress(struct lb_zstd *z, const void *in, size_t len, int level,
                         const uint8_t **out);
+/* The same without trying a sample first: for what most likely compresses. */
+size_t lb_zstd_pack(struct lb_zstd *z, const void *in, size_t len, int level, const uint8_t **out);
+/* What a frame says it holds: 1..max bytes. LB_E_PROTO otherwise. */
+int lb_zstd_content_bytes(const void *in, size_t len, size_t max, size_t *out,
+                          struct lb_error *err);
 /* Exactly one frame that says it holds exactly out_len bytes. LB_E_PROTO otherwise. */
 int lb_zstd_decompress(struct lb_zstd *z, const void *in, size_t len, void *out, size_t out_len,
                        struct lb_error *err);
@@ -110,6 +119,8 @@ int lb_zstd_decompress(struct lb_zstd *z, const void *in, size_t len, void *out,
 #define LB_REC_RUN_BYTES 8u
 #define LB_REC_MAX_RUNS 4096u
 #define LB_REC_FLAG_OPTIONAL 1u
+#define LB_REC_CHECKSUM_BYTES 8u  /* before the frame of a DELTA */
+#define LB_REC_EPOCH_END_BYTES 8u
 /* Wire page: the same 4096 as core/hv.h's, fixed by the format. */
 #define LB_WIRE_PAGE_BYTES 4096u
 
@@ -124,6 +135,7 @@ struct lb_rec_limits {
     const uint64_t *n_pages_of_block;
     unsigned n_blocks;
     uint32_t index; /* of the connection */
+    bool checkpoint;
 };
 void lb_rec_write_header(uint8_t out[LB_REC_HEADER_BYTES], const struct lb_rec_header *h);
 /* Decode and check everything that can be checked without the runs. */

@@ -70,6 +70,21 @@ static int check_zero(const struct lb_rec_header *h, const struct lb_rec_limits 
     return check_block(h, l, err);
 }
 
+static int check_delta(const struct lb_rec_header *h, const struct lb_rec_limits *l,
+                       struct lb_error *err)
+{
+    if (check_block(h, l, err) < 0)
+        return -1;
+    if (h->n_pages > LB_REC_MAX_PAGES)
+        return bad(h, "too many pages", err);
+    if (h->codec != LB_CODEC_ZSTD)
+        return bad(h, "unknown codec", err);
+    if (h->payload_bytes <= LB_REC_CHECKSUM_BYTES ||
+        h->payload_bytes - LB_REC_CHECKSUM_BYTES >= h->n_pages * LB_WIRE_PAGE_BYTES)
+        return bad(h, "compressed payload is empty or larger than the pages", err);
+    return 0;
+}
+
 static int check_mark(const struct lb_rec_header *h, const struct lb_rec_limits *l,
                       struct lb_error *err)
 {
@@ -81,6 +96,67 @@ static int check_mark(const struct lb_rec_header *h, const struct lb_rec_limits 
     if (state && l->index != 0)
         return bad(h, "device state travels on connection 0 only", err);
     return 0;
+}
+
+/* STATE, DISK, FRAMES, EPOCH_END of a checkpoint. The number of the disk is its taker's to check. */
+static int check_data(const struct lb_rec_header *h, struct lb_error *err)
+{
+    uint8_t best = h->type == LB_REC_EPOCH_END ? LB_CODEC_RAW
+                   : h->type == LB_REC_STATE   ? LB_CODEC_XOR_ZSTD
+                                               : LB_CODEC_ZSTD;
+    if (h->n_runs || h->n_pages || (h->block_id && h->type != LB_REC_DISK))
+        return bad(h, "fields that belong to pages are set", err);
+    if (h->codec > best)
+        return bad(h, "unknown codec", err);
+    if (h->payload_bytes == 0)
+        return bad(h, "payload missing", err);
+    if (h->type == LB_REC_EPOCH_END && h->payload_bytes != LB_REC_EPOCH_END_BYTES)
+        return bad(h, "its payload is not the number of an epoch", err);
+    return 0;
+}
+
+/* By type, of a known one. */
+static int check_content(const struct lb_rec_header *h, const struct lb_rec_limits *l,
+                         struct lb_error *err)
+{
+    switch (h->type) {
+    case LB_REC_PAGES:
+        return check_pages(h, l, err);
+    case LB_REC_ZERO:
+        return check_zero(h, l, err);
+    case LB_REC_DELTA:
+        return check_delta(h, l, err);
+    case LB_REC_STATE:
+        return l->checkpoint ? check_data(h, err) : check_mark(h, l, err);
+    case LB_REC_ROUND_END:
+    case LB_REC_END:
+        return check_mark(h, l, err);
+    default:
+        return check_data(h, err);
+    }
+}
+
+enum where { NOWHERE, ROUNDS = 1, CHECKPOINTS = 2, EVERYWHERE = 3 };
+
+/* On which connections a type may appear; NOWHERE: this version does not know it. */
+static enum where place_of(uint16_t type)
+{
+    switch (type) {
+    case LB_REC_PAGES:
+    case LB_REC_ZERO:
+    case LB_REC_STATE:
+    case LB_REC_END:
+        return EVERYWHERE;
+    case LB_REC_ROUND_END:
+        return ROUNDS;
+    case LB_REC_DELTA:
+    case LB_REC_DISK:
+    case LB_REC_FRAMES:
+    case LB_REC_EPOCH_END:
+        return CHECKPOINTS;
+    default:
+        return NOWHERE;
+    }
 }
 
 int lb_rec_parse_header(const uint8_t in[LB_REC_HEADER_BYTES], const struct lb_rec_limits *l,
@@ -102,14 +178,8 @@ int lb_rec_parse_header(const uint8_t in[LB_REC_HEADER_BYTES], const struct lb_r
         return bad(h, "reserved bytes are not zero", err);
     if (h->flags & ~LB_REC_FLAG_OPTIONAL)
         return bad(h, "unknown flags", err);
-    switch (h->type) {
-    case LB_REC_PAGES:
-    case LB_REC_ZERO:
-    case LB_REC_ROUND_END:
-    case LB_REC_STATE:
-    case LB_REC_END:
-        break;
-    default:
+    enum where where = place_of(h->type);
+    if (where == NOWHERE) {
         h->skip = h->flags & LB_REC_FLAG_OPTIONAL;
         if (h->skip)
             return 0;
@@ -118,9 +188,9 @@ int lb_rec_parse_header(const uint8_t in[LB_REC_HEADER_BYTES], const struct lb_r
     }
     if (h->flags)
         return bad(h, "marked optional", err);
-    if (h->type == LB_REC_PAGES)
-        return check_pages(h, l, err);
-    return h->type == LB_REC_ZERO ? check_zero(h, l, err) : check_mark(h, l, err);
+    if (!(where & (l->checkpoint ? CHECKPOINTS : ROUNDS)))
+        return bad(h, "does not belong on this connection", err);
+    return check_content(h, l, err);
 }
 
 int lb_rec_parse_runs(const uint8_t *in, const struct lb_rec_limits *l,
