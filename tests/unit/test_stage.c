@@ -1,0 +1,561 @@
+/* Epochs from capture to apply: whatever a guest does, the standby is what the primary was. */
+#include "netproto/netproto_internal.h"
+#include "remus/stage_internal.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/mman.h>
+/* after the headers above */
+#include <cmocka.h>
+
+#define PAGE LB_PAGE_SIZE
+#define RAM_PAGES 3000u  /* block 0: mapped on both sides */
+#define VRAM_PAGES 300u  /* block 2: by lb_hv_read and lb_hv_write; block 1 is ROM */
+#define DISK_BYTES ((size_t)3 << 20)
+#define N_DISKS 2u
+
+static uint64_t g_rng;
+
+static uint64_t rnd(uint64_t below)
+{
+    g_rng = g_rng * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (g_rng >> 33) % below;
+}
+
+static void fill_random(uint8_t *p, size_t len)
+{
+    for (size_t i = 0; i < len; i += 4) {
+        uint32_t v = (uint32_t)rnd(UINT32_MAX);
+        memcpy(p + i, &v, LB_MIN(len - i, sizeof(v)));
+    }
+}
+
+static uint8_t *pages_new(size_t n)
+{
+    uint8_t *p = mmap(NULL, n * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_ptr_not_equal(p, MAP_FAILED);
+    return p;
+}
+
+/* ------------------------------------------------- a machine made of plain memory */
+
+struct lb_hv_vm {
+    struct lb_hv_vm_base base;
+    uint8_t *ram, *vram;
+    unsigned reads_left; /* before one fails; 0: never */
+};
+
+static int mem_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first,
+                    uint64_t n, void *buf, struct lb_error *err)
+{
+    assert_int_equal(blk->id, 2);
+    assert_true(n > 0 && first + n <= VRAM_PAGES);
+    if (vm->reads_left && --vm->reads_left == 0)
+        return lb_fail(err, LB_E_HV, "cannot read");
+    memcpy(buf, vm->vram + first * PAGE, n * PAGE);
+    return 0;
+}
+
+static int mem_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first,
+                     uint64_t n, const void *buf, struct lb_error *err)
+{
+    (void)err;
+    assert_int_equal(blk->id, 2);
+    assert_true(n > 0 && first + n <= VRAM_PAGES);
+    memcpy(vm->vram + first * PAGE, buf, n * PAGE);
+    return 0;
+}
+
+static const struct lb_hv_ops OPS = {.name = "memory", .read = mem_read, .write = mem_write};
+
+static void blocks_of(struct lb_hv_vm *vm, struct lb_ram_block out[3])
+{
+    memset(out, 0, 3 * sizeof(*out));
+    out[0] = (struct lb_ram_block){.id = 0, .size_bytes = RAM_PAGES * PAGE, .track_bytes = PAGE,
+                                   .kind = LB_RAM_MAIN, .map = vm->ram};
+    out[1] = (struct lb_ram_block){.id = 1, .size_bytes = 4 * PAGE, .kind = LB_RAM_ROM};
+    out[2] = (struct lb_ram_block){.id = 2, .size_bytes = VRAM_PAGES * PAGE, .track_bytes = PAGE,
+                                   .kind = LB_RAM_DEVICE};
+}
+
+static struct lb_hv_vm vm_new(void)
+{
+    return (struct lb_hv_vm){.base.ops = &OPS, .ram = pages_new(RAM_PAGES),
+                             .vram = pages_new(VRAM_PAGES)};
+}
+
+static void vm_free(struct lb_hv_vm *vm)
+{
+    munmap(vm->ram, RAM_PAGES * PAGE);
+    munmap(vm->vram, VRAM_PAGES * PAGE);
+}
+
+/* ------------------------------------------------ disks made of plain memory */
+
+struct lb_disk_target {
+    uint8_t image[DISK_BYTES];
+    unsigned applied, flushes, unflushed, fail_after; /* 0: never */
+};
+
+static void disk_write(uint8_t *image, const struct lb_disk_op *op)
+{
+    assert_true(op->offset + op->len <= DISK_BYTES);
+    if (op->kind == LB_DISK_WRITE)
+        memcpy(image + op->offset, op->data, op->len);
+    else
+        memset(image + op->offset, 0, op->len);
+}
+
+int lb_disk_target_apply(struct lb_disk_target *t, const struct lb_disk_op *op,
+                         struct lb_error *err)
+{
+    if (t->fail_after && --t->fail_after == 0)
+        return lb_fail(err, LB_E_NO_SPACE, "disk full");
+    disk_write(t->image, op);
+    t->applied++;
+    t->unflushed++;
+    return 0;
+}
+
+int lb_disk_target_flush(struct lb_disk_target *t, struct lb_error *err)
+{
+    (void)err;
+    t->flushes++;
+    t->unflushed = 0;
+    return 0;
+}
+
+void lb_disk_ops_free(struct lb_disk_ops *o)
+{
+    for (unsigned i = 0; i < o->n; i++)
+        free((void *)(uintptr_t)o->v[i].data);
+    free(o->v);
+    *o = (struct lb_disk_ops){0};
+}
+
+static void ops_add(struct lb_disk_ops *o, uint32_t disk, uint64_t offset, uint64_t len, int what)
+{
+    struct lb_disk_op op = {.disk = disk, .kind = what ? LB_DISK_WRITE : LB_DISK_ZERO,
+                            .offset = offset, .len = len};
+    if (what) {
+        uint8_t *data = malloc(len);
+        assert_non_null(data);
+        memset(data, what == 1 ? 0 : (int)rnd(255) + 1, len);
+        if (what == 3)
+            fill_random(data, LB_MIN(len, (uint64_t)20000));
+        op.data = data;
+        o->bytes += len;
+    }
+    o->v = lb_realloc(o->v, (o->n + 1) * sizeof(*o->v));
+    o->v[o->n++] = op;
+}
+
+/* --------------------------------------- a connection that can be held up on its way */
+
+struct hose {
+    struct lb_transport base;
+    struct lb_transport *inner;
+    bool hold;
+    uint8_t *buf;
+    size_t len;
+};
+
+static int hose_writev(struct lb_transport *t, const struct iovec *iov, unsigned n, uint64_t d,
+                       struct lb_error *err)
+{
+    struct hose *h = (struct hose *)t;
+    if (!h->hold)
+        return h->inner->ops->writev(h->inner, iov, n, d, err);
+    for (unsigned i = 0; i < n; i++) {
+        h->buf = lb_realloc(h->buf, h->len + iov[i].iov_len);
+        memcpy(h->buf + h->len, iov[i].iov_base, iov[i].iov_len);
+        h->len += iov[i].iov_len;
+    }
+    return 0;
+}
+static int hose_read(struct lb_transport *t, void *b, size_t l, uint64_t d, struct lb_error *err)
+{
+    struct hose *h = (struct hose *)t;
+    return h->inner->ops->read(h->inner, b, l, d, err);
+}
+static ssize_t hose_read_some(struct lb_transport *t, void *b, size_t l, uint64_t d,
+                              struct lb_error *err)
+{
+    struct hose *h = (struct hose *)t;
+    return h->inner->ops->read_some(h->inner, b, l, d, err);
+}
+static void hose_abort(struct lb_transport *t)
+{
+    struct hose *h = (struct hose *)t;
+    h->inner->ops->abort(h->inner);
+}
+static int hose_fd(struct lb_transport *t)
+{
+    struct hose *h = (struct hose *)t;
+    return h->inner->ops->fd(h->inner);
+}
+static void hose_close(struct lb_transport *t)
+{
+    struct hose *h = (struct hose *)t;
+    h->inner->ops->close(h->inner);
+}
+static const struct lb_transport_ops HOSE_OPS = {"hose", hose_writev, hose_read, hose_read_some,
+                                                 hose_abort, hose_fd, hose_close};
+
+static void hose_pass(struct hose *h, size_t from, size_t n)
+{
+    struct iovec iov = {h->buf + from, n};
+    assert_int_equal(h->inner->ops->writev(h->inner, &iov, 1, 0, NULL), 0);
+}
+
+/* ------------------------------------------------------------- both sides together */
+
+struct opening {
+    struct lb_transport *t;
+    struct lb_bulk_keys keys;
+    struct lb_bulk *b;
+};
+
+static void *respond(void *arg)
+{
+    struct opening *o = arg;
+    assert_int_equal(lb_bulk_open(o->t, false, &o->keys, 3, 5000, &o->b, NULL), 0);
+    return NULL;
+}
+
+struct pair {
+    struct lb_hv_vm primary, standby;
+    struct lb_ram_block blocks[3], far[3];
+    struct lb_bulk *tx, *rx;
+    struct hose hose;
+    struct lb_encoder *enc;
+    struct lb_collector *col;
+    struct lb_epoch epoch;
+    struct lb_bitmap dirty[3];
+    struct lb_disk_target *disks[N_DISKS];
+    uint8_t *disk_model[N_DISKS];
+    uint8_t *state;
+    size_t state_len;
+};
+
+static void connect_pair(struct pair *p, enum lb_cipher cipher)
+{
+    struct opening r = {.keys.cipher = cipher};
+    pthread_t th;
+
+    memset(r.keys.session_id, 7, sizeof(r.keys.session_id));
+    p->hose = (struct hose){.base.ops = &HOSE_OPS};
+    assert_int_equal(lb_memory_pair(&p->hose.inner, &r.t, NULL), 0);
+    assert_int_equal(pthread_create(&th, NULL, respond, &r), 0);
+    assert_int_equal(lb_bulk_open(&p->hose.base, true, &r.keys, 3, 5000, &p->tx, NULL), 0);
+    pthread_join(th, NULL);
+    p->rx = r.b;
+}
+
+static void collector_new(struct pair *p)
+{
+    const struct lb_ram_block *map[] = {&p->far[0], &p->far[1], &p->far[2]};
+    assert_int_equal(lb_collector_new(&p->standby, map, 3, p->disks, N_DISKS, &p->col, NULL), 0);
+}
+
+static void pair_open(struct pair *p, uint64_t cache_bytes, enum lb_cipher cipher)
+{
+    g_rng = 20260101;
+    memset(p, 0, sizeof(*p));
+    p->primary = vm_new();
+    p->standby = vm_new();
+    blocks_of(&p->primary, p->blocks);
+    blocks_of(&p->standby, p->far);
+    for (unsigned i = 0; i < 3; i++)
+        lb_bitmap_init(&p->dirty[i], p->blocks[i].size_bytes / PAGE, NULL);
+    for (unsigned i = 0; i < N_DISKS; i++) {
+        p->disks[i] = calloc(1, sizeof(*p->disks[i]));
+        p->disk_model[i] = calloc(1, DISK_BYTES);
+    }
+    p->state_len = 50001;
+    p->state = malloc(3 << 20);
+    fill_random(p->state, 100000);
+    memset(p->state + 100000, 0x5c, (3 << 20) - 100000);
+    connect_pair(p, cipher);
+    assert_int_equal(lb_encoder_new(p->blocks, 3, cache_bytes, &p->enc, NULL), 0);
+    collector_new(p);
+    lb_epoch_init(&p->epoch);
+}
+
+static void pair_close(struct pair *p)
+{
+    lb_epoch_free(&p->epoch);
+    lb_encoder_free(p->enc);
+    lb_collector_free(p->col);
+    lb_bulk_close(p->tx);
+    lb_bulk_close(p->rx);
+    free(p->hose.buf);
+    for (unsigned i = 0; i < 3; i++)
+        lb_bitmap_free(&p->dirty[i]);
+    for (unsigned i = 0; i < N_DISKS; i++) {
+        free(p->disks[i]);
+        free(p->disk_model[i]);
+    }
+    free(p->state);
+    vm_free(&p->primary);
+    vm_free(&p->standby);
+}
+
+static uint8_t *page_of(struct lb_hv_vm *vm, unsigned block, uint64_t page)
+{
+    return (block ? vm->vram : vm->ram) + page * PAGE;
+}
+
+static void guest_writes(struct pair *p, unsigned block, uint64_t page, unsigned how)
+{
+    uint8_t *q = page_of(&p->primary, block, page);
+
+    lb_bitmap_set(&p->dirty[block], page);
+    switch (how % 8) {
+    case 0:
+        fill_random(q, PAGE);
+        break;
+    case 1:
+        memset(q, 0, PAGE);
+        break;
+    case 2: /* written, but with what it held */
+        break;
+    case 3:
+        memset(q, 'a' + (int)rnd(26), PAGE);
+        break;
+    case 4: /* half of it */
+        fill_random(q + rnd(2) * PAGE / 2, PAGE / 2);
+        break;
+    default:
+        for (uint64_t n = rnd(12) + 1; n > 0; n--)
+            q[rnd(PAGE)] = (uint8_t)rnd(256);
+    }
+}
+
+/* The guest's work between two stops; hot pages are written more often. */
+static void guest_works(struct pair *p, unsigned n_writes)
+{
+    while (n_writes > 0) {
+        unsigned block = rnd(8) ? 0 : 2;
+        uint64_t n_pages = block ? VRAM_PAGES : RAM_PAGES;
+        uint64_t first = rnd(4) ? rnd(n_pages / 16) : rnd(n_pages), run = rnd(6) ? 1 : rnd(300) + 1;
+        unsigned how = (unsigned)rnd(8);
+        for (uint64_t i = first; i < first + run && i < n_pages && n_writes > 0; i++, n_writes--)
+            guest_writes(p, block, i, how);
+    }
+    for (uint64_t n = rnd(20); n > 0; n--)
+        p->state[rnd(p->state_len)] ^= (uint8_t)rnd(256);
+    if (rnd(10) == 0)
+        p->state_len = 50000 + rnd(rnd(10) ? 50000 : 2600000);
+}
+
+static void capture(struct pair *p, uint64_t number)
+{
+    struct lb_epoch *e = &p->epoch;
+
+    lb_epoch_reset(e);
+    e->number = number;
+    for (unsigned i = 0; i < 3; i++) {
+        assert_int_equal(lb_epoch_capture(e, &p->primary, &p->blocks[i], &p->dirty[i], NULL), 0);
+        lb_bitmap_clear_all(&p->dirty[i]);
+    }
+    e->state = malloc(p->state_len);
+    e->state_len = p->state_len;
+    memcpy(e->state, p->state, p->state_len);
+}
+
+static void add_disk_and_frames(struct pair *p)
+{
+    struct lb_epoch *e = &p->epoch;
+
+    for (uint64_t n = rnd(5); n > 0; n--) {
+        uint64_t len = (rnd(20) ? rnd(64) + 1 : rnd(2048) + 1) * 512;
+        ops_add(&e->disk, (uint32_t)rnd(N_DISKS), rnd((DISK_BYTES - len) / 512) * 512, len,
+                (int)rnd(4));
+    }
+    for (unsigned i = 0; i < e->disk.n; i++)
+        disk_write(p->disk_model[e->disk.v[i].disk], &e->disk.v[i]);
+    if (rnd(3)) {
+        e->frames_len = rnd(50) ? rnd(5000) + 1 : 1200000;
+        e->frames = calloc(1, e->frames_len);
+        fill_random(e->frames, LB_MIN(e->frames_len, (size_t)3000));
+    }
+}
+
+static int receive(struct pair *p, struct lb_error *err)
+{
+    uint64_t number = 0;
+    int rc = lb_collector_recv(p->col, p->rx, lb_now_ns() + 2000000000, &number, err);
+    if (rc == 1)
+        assert_int_equal(number, p->epoch.number);
+    return rc;
+}
+
+static void check_memory(struct pair *p)
+{
+    assert_memory_equal(p->primary.ram, p->standby.ram, RAM_PAGES * PAGE);
+    assert_memory_equal(p->primary.vram, p->standby.vram, VRAM_PAGES * PAGE);
+}
+
+static void check_rest(struct pair *p)
+{
+    const void *state, *frames;
+    size_t len, frames_len;
+
+    lb_collector_state(p->col, &state, &len, &frames, &frames_len);
+    assert_int_equal(len, p->epoch.state_len);
+    assert_memory_equal(state, p->epoch.state, len);
+    assert_int_equal(frames_len, p->epoch.frames_len);
+    if (frames_len > 0)
+        assert_memory_equal(frames, p->epoch.frames, frames_len);
+    for (unsigned i = 0; i < N_DISKS; i++) {
+        assert_memory_equal(p->disks[i]->image, p->disk_model[i], DISK_BYTES);
+        assert_int_equal(p->disks[i]->unflushed, 0);
+    }
+    assert_int_equal(lb_collector_bytes(p->col), 0);
+}
+
+/* One whole epoch of random work. */
+static void run_epoch(struct pair *p, uint64_t number, unsigned n_writes)
+{
+    struct lb_error err = LB_ERROR_INIT;
+
+    guest_works(p, n_writes);
+    capture(p, number);
+    add_disk_and_frames(p);
+    if (lb_encoder_send(p->enc, p->tx, &p->epoch, &err) < 0 || receive(p, &err) != 1 ||
+        lb_collector_apply(p->col, &err) < 0)
+        fail_msg("epoch %llu: %s", (unsigned long long)number, err.message);
+}
+
+/* ---------------------------------------------------------------------------- tests */
+
+static uint64_t pages_of(const struct lb_encoder_stats *s)
+{
+    return s->delta_pages + s->zero_pages + s->zstd_pages + s->raw_pages + s->same_pages;
+}
+
+static void random_guests(void **state)
+{
+    (void)state;
+    static const uint64_t caches[] = {0, 16 * PAGE, 200 * PAGE, UINT64_C(1) << 40};
+    uint64_t wire[LB_ARRAY_LEN(caches)];
+
+    for (unsigned c = 0; c < LB_ARRAY_LEN(caches); c++) {
+        struct pair p;
+        struct lb_encoder_stats s;
+        uint64_t captured = 0;
+        pair_open(&p, caches[c], c == 1 ? LB_CIPHER_AES256GCM : LB_CIPHER_NONE);
+        for (uint64_t n = 1; n <= 150; n++) {
+            run_epoch(&p, n, (unsigned)(n % 50 ? rnd(120) : 3000));
+            captured += p.epoch.n_pages;
+            check_memory(&p);
+            check_rest(&p);
+        }
+        lb_encoder_get_stats(p.enc, &s);
+        assert_int_equal(pages_of(&s), captured);
+        assert_true(s.zero_pages && s.zstd_pages && s.raw_pages);
+        assert_true(s.cache_bytes <= caches[c]);
+        assert_true(caches[c] ? s.cache_bytes >= 16 * PAGE && s.delta_pages && s.same_pages
+                              : !s.delta_pages && !s.same_pages);
+        wire[c] = s.wire_bytes;
+        assert_true(s.wire_bytes < s.raw_bytes);
+        pair_close(&p);
+    }
+    assert_true(wire[3] < wire[2] && wire[2] < wire[0]);
+}
+
+/* Thousands of small ones: memory of the collector and the buffers stays what it was. */
+static void many_epochs(void **state)
+{
+    (void)state;
+    struct pair p;
+
+    pair_open(&p, 64 * PAGE, LB_CIPHER_NONE);
+    for (uint64_t n = 1; n <= 2000; n++) {
+        run_epoch(&p, n, (unsigned)rnd(8));
+        if (n % 500 == 0) {
+            check_memory(&p);
+            check_rest(&p);
+        }
+    }
+    assert_true(p.epoch.pages_cap <= 1024);
+    pair_close(&p);
+}
+
+static void first_copy_of_disks(void **state)
+{
+    (void)state;
+    struct pair p;
+    struct lb_disk_ops ops = {0};
+    struct lb_error err = LB_ERROR_INIT;
+    uint64_t number;
+
+    pair_open(&p, 0, LB_CIPHER_NONE);
+    ops_add(&ops, 0, 0, 100 * 512, 2);
+    ops_add(&ops, 1, 512, LB_DISK_OP_MAX, 3); /* more than a record holds */
+    ops_add(&ops, 1, 1024, 512, 1);
+    ops_add(&ops, 0, 10 * 512, DISK_BYTES - 20 * 512, 0);
+    for (unsigned i = 0; i < ops.n; i++) {
+        disk_write(p.disk_model[ops.v[i].disk], &ops.v[i]);
+        assert_int_equal(lb_encoder_send_disk(p.enc, p.tx, &ops.v[i], &err), 0);
+    }
+    assert_int_equal(lb_bulk_flush(p.tx, &err), 0);
+    assert_int_equal(lb_collector_recv(p.col, p.rx, lb_now_ns() + 20000000, &number, &err), 0);
+    for (unsigned i = 0; i < N_DISKS; i++)
+        assert_memory_equal(p.disks[i]->image, p.disk_model[i], DISK_BYTES);
+    assert_int_equal(p.disks[1]->applied, 3);
+    assert_int_equal(p.disks[0]->flushes + p.disks[1]->flushes, 0);
+    run_epoch(&p, 1, 10); /* durable with the first epoch */
+    check_rest(&p);
+    lb_disk_ops_free(&ops);
+    pair_close(&p);
+}
+
+/* The deadline passes at every octet of an epoch: nothing is lost, nothing is early. */
+static void deadlines_lose_nothing(void **state)
+{
+    (void)state;
+    struct pair p;
+    struct lb_error err = LB_ERROR_INIT;
+    uint64_t number;
+
+    pair_open(&p, UINT64_C(1) << 30, LB_CIPHER_AES256GCM);
+    p.state_len = 700;
+    run_epoch(&p, 1, 500);
+    guest_writes(&p, 0, 5, 5);
+    guest_writes(&p, 0, 9, 5);
+    guest_writes(&p, 0, 2900, 0);
+    guest_writes(&p, 2, 200, 1);
+    p.state_len = 700;
+    capture(&p, 2);
+    ops_add(&p.epoch.disk, 1, 512, 512, 3);
+    disk_write(p.disk_model[1], &p.epoch.disk.v[0]);
+    p.hose.hold = true;
+    assert_int_equal(lb_encoder_send(p.enc, p.tx, &p.epoch, &err), 0);
+    assert_true(p.hose.len > PAGE && p.hose.len < 2 * PAGE);
+    for (size_t i = 0; i < p.hose.len; i++) {
+        assert_int_equal(lb_collector_recv(p.col, p.rx, lb_now_ns() + 20000, &number, &err), 0);
+        assert_int_equal(p.disks[1]->unflushed, 0);
+        hose_pass(&p.hose, i, 1);
+    }
+    assert_int_equal(receive(&p, &err), 1);
+    assert_int_equal(lb_collector_apply(p.col, &err), 0);
+    check_memory(&p);
+    check_rest(&p);
+    pair_close(&p);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(random_guests),
+        cmocka_unit_test(many_epochs),
+        cmocka_unit_test(first_copy_of_disks),
+        cmocka_unit_test(deadlines_lose_nothing),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
