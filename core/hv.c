@@ -9,8 +9,8 @@
  * stop and cont may be repeated, so that a failure path can always say cont.
  * The state changes only when the slot succeeded; `saving` alone ends with
  * save_end whatever its result, and a failure path calls save_end before cont.
- * destroy frees the handle even when it fails.  lb_hv_read, _write and _log_peek
- * run on any thread and therefore check their arguments only, never the state. */
+ * destroy frees the handle even when it fails.  lb_hv_read, _write, _log_peek and
+ * _freeze run on any thread and therefore check their arguments only, never the state. */
 #include "core/hv.h"
 
 #include <assert.h>
@@ -38,6 +38,9 @@ static void check_ops(const struct lb_hv_ops *ops)
     assert(ops->save_begin && ops->save_end && ops->throttle);
     assert(ops->launch && ops->prepare_ram && ops->write && ops->load_state);
     assert(ops->run && ops->announce);
+    assert(ops->checkpoint_mode && ops->freeze && ops->nics && ops->nic_hold && ops->nic_unhold);
+    assert(ops->disks && ops->disk_mirror && ops->disk_mirror_status && ops->disk_mirror_end);
+    assert(ops->clock_step);
     assert(ops->status && ops->ident && ops->exists && ops->end && ops->detach && ops->destroy);
 }
 
@@ -198,6 +201,74 @@ int lb_hv_throttle(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err)
 {
     assert(is_source(base_of(vm)) && percent <= 99);
     return ops_of(vm)->throttle(vm, percent, err);
+}
+
+int lb_hv_checkpoint_mode(struct lb_hv_vm *vm, bool on, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !base->saving);
+    return base->ops->checkpoint_mode(vm, on, err);
+}
+
+int lb_hv_freeze(struct lb_hv_vm *vm, bool on, struct lb_error *err)
+{
+    return ops_of(vm)->freeze(vm, on, err);
+}
+
+int lb_hv_nics(struct lb_hv_vm *vm, struct lb_nic **out, unsigned *n, struct lb_error *err)
+{
+    assert(!base_of(vm)->saving && out && n);
+    return ops_of(vm)->nics(vm, out, n, err);
+}
+
+int lb_hv_nic_hold(struct lb_hv_vm *vm, const char *id, int fds[2], struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !base->saving && id && fds);
+    return base->ops->nic_hold(vm, id, fds, err);
+}
+
+int lb_hv_nic_unhold(struct lb_hv_vm *vm, const char *id, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->state == LB_HV_STOPPED && !base->saving && id);
+    return base->ops->nic_unhold(vm, id, err);
+}
+
+int lb_hv_disks(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, struct lb_error *err)
+{
+    assert(!base_of(vm)->saving && out && n);
+    return ops_of(vm)->disks(vm, out, n, err);
+}
+
+int lb_hv_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_socket,
+                      const char *export_name, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !base->saving && id && nbd_socket && export_name);
+    return base->ops->disk_mirror(vm, id, nbd_socket, export_name, err);
+}
+
+int lb_hv_disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
+                             struct lb_mirror_status *out, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !(poll && base->saving) && id && out);
+    return base->ops->disk_mirror_status(vm, id, poll, out, err);
+}
+
+int lb_hv_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !base->saving && id);
+    return base->ops->disk_mirror_end(vm, id, err);
+}
+
+int lb_hv_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(is_source(base) && !base->saving);
+    return base->ops->clock_step(vm, step_ns, err);
 }
 
 int lb_hv_launch(const struct lb_hv_ops *ops, const struct lb_vm_desc *desc,

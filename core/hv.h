@@ -17,8 +17,8 @@
  *
  * Every slot is mandatory.  Slots are called only through the lb_hv_* wrappers
  * below, which check the state, from one thread at a time per VM (the engine
- * thread of the session) - except lb_hv_read and lb_hv_write and
- * lb_hv_log_peek, which any worker may call concurrently.
+ * thread of the session) - except lb_hv_read, lb_hv_write, lb_hv_log_peek and
+ * lb_hv_freeze, which any thread may call concurrently.
  */
 #ifndef LB_HV_H
 #define LB_HV_H

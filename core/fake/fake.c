@@ -9,7 +9,7 @@
  * tear a page, and the dirty log is what repairs it.
  *
  * Lock order: registry_lock, then guest->lock. */
-#include "core/fake/fake.h"
+#include "core/fake/fake_internal.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -22,55 +22,13 @@
 #include <time.h>
 #include <xxhash.h>
 
-enum { N_BLOCKS = 2, MAIN = 0, VRAM = 1 };
-#define STATE_MAGIC UINT64_C(0x3165746174736b66) /* "fkstate1" */
+#define STATE_MAGIC UINT64_C(0x3265746174736b66) /* "fkstate2" */
 #define STAMP_MAGIC UINT64_C(0x31706d6174736b66) /* "fkstamp1" */
-
-struct fake_block {
-    struct lb_ram_block pub; /* immutable */
-    uint64_t n_pages;        /* immutable */
-    int fd;                  /* immutable */
-    uint8_t *guest_map;      /* immutable pointer; content by lock or incoming */
-    uint8_t *our_map;        /* immutable pointer */
-    uint32_t *seq;           /* locked: write number of each page, 0 = never written */
-    struct lb_bitmap dirty;  /* locked */
-};
-
-struct guest {
-    /* immutable */
-    lb_fake_id id;
-    char *name;
-    char address[32];
-    char uuid[40];
-    struct lb_fake_config config; /* its name is not used */
-    struct fake_block blocks[N_BLOCKS];
-    struct lb_ram_block table[N_BLOCKS];
-    pthread_t worker;
-
-    /* locked by registry_lock */
-    struct guest *next;
-    bool attached;
-
-    /* locked by lock */
-    pthread_mutex_t lock;
-    pthread_cond_t wake;
-    bool quit, dead, running, logging, holds_disk;
-    unsigned throttle_percent;
-    uint64_t rate;
-    uint64_t nonce, rng, writes, announces;
-    uint32_t next_seq;
-    uint64_t credit_from_ns; /* when running began or pages were last written */
-};
-
-struct lb_hv_vm {
-    struct lb_hv_vm_base base;
-    struct guest *guest;
-};
 
 /* Followed by the seq tables, padding and an XXH3 of all before it. */
 struct state_header {
     uint64_t magic;
-    uint64_t nonce, rng, writes;
+    uint64_t nonce, rng, writes, frames, disk_writes;
     uint64_t n_pages[N_BLOCKS];
     uint32_t next_seq, random_bytes;
 };
@@ -97,7 +55,9 @@ const char *lb_fake_slot_name(enum lb_fake_slot slot)
         "attach",     "describe",  "blocks", "log_enable", "log_clean",  "log_peek",
         "log_disable", "populated", "read",   "stop",       "cont",       "save_begin",
         "save_end",   "throttle",  "launch", "prepare_ram", "write",      "load_state",
-        "run",        "announce",  "status", "destroy",
+        "run",        "announce",  "status", "destroy",    "checkpoint_mode", "freeze",
+        "nics",       "nic_hold",  "nic_unhold", "disks",  "disk_mirror", "disk_mirror_status",
+        "disk_mirror_end", "clock_step",
     };
     assert(slot < LB_FAKE_N_SLOTS);
     return names[slot];
@@ -158,11 +118,43 @@ static void guest_die(struct guest *g)
     g->dead = true;
     g->running = false;
     g->holds_disk = false; /* the kernel drops the locks of a dead process */
+    lb_fake_io_die(g);
     pthread_mutex_unlock(&g->lock);
 }
 
-/* Start of every slot: counts, waits, fails as armed.  g may be NULL. */
-static int enter(enum lb_fake_slot slot, struct guest *g, struct lb_error *err)
+/* What a hypervisor that is held by a signal cannot do: all but what goes past it. */
+static bool needs_answer(enum lb_fake_slot slot)
+{
+    static const enum lb_fake_slot past[] = {
+        LB_FAKE_READ, LB_FAKE_WRITE, LB_FAKE_POPULATED, LB_FAKE_LOG_CLEAN, LB_FAKE_LOG_PEEK,
+        LB_FAKE_LOG_DISABLE, LB_FAKE_THROTTLE, LB_FAKE_FREEZE, LB_FAKE_DESTROY,
+    };
+    for (unsigned i = 0; i < LB_ARRAY_LEN(past); i++)
+        if (past[i] == slot)
+            return false;
+    return true;
+}
+
+/* Of a guest, when a slot begins: can it be done? */
+static int check_guest(enum lb_fake_slot slot, struct guest *g, struct lb_error *err)
+{
+    pthread_mutex_lock(&g->lock);
+    bool dead = g->dead, frozen = g->frozen;
+    pthread_mutex_unlock(&g->lock);
+    if (dead && slot != LB_FAKE_STATUS && slot != LB_FAKE_DESTROY) {
+        lb_fail(err, LB_E_HV, "fake: %s (%s) has died, %s is not possible", g->name, g->address,
+                lb_fake_slot_name(slot));
+        return lb_remedy(err, "start the guest again");
+    }
+    if (!dead && frozen && needs_answer(slot)) {
+        lb_fail(err, LB_E_HV, "fake: %s (%s) is frozen and does not answer to %s", g->name,
+                g->address, lb_fake_slot_name(slot));
+        return lb_remedy(err, "thaw it first");
+    }
+    return 0;
+}
+
+int lb_fake_enter(enum lb_fake_slot slot, struct guest *g, struct lb_error *err)
 {
     pthread_mutex_lock(&fault_lock);
     struct fault *f = &faults[slot];
@@ -180,17 +172,7 @@ static int enter(enum lb_fake_slot slot, struct guest *g, struct lb_error *err)
         lb_fail(err, now.code, "fake: injected fault in %s", lb_fake_slot_name(slot));
         return lb_remedy(err, "none: a test asked for it");
     }
-    if (g && slot != LB_FAKE_STATUS && slot != LB_FAKE_DESTROY) {
-        pthread_mutex_lock(&g->lock);
-        bool dead = g->dead;
-        pthread_mutex_unlock(&g->lock);
-        if (dead) {
-            lb_fail(err, LB_E_HV, "fake: %s (%s) has died, %s is not possible", g->name, g->address,
-                    lb_fake_slot_name(slot));
-            return lb_remedy(err, "start the guest again");
-        }
-    }
-    return 0;
+    return g ? check_guest(slot, g, err) : 0;
 }
 
 /* End of a slot that may fail late. */
@@ -260,21 +242,55 @@ static void write_random_page(struct guest *g)
     }
 }
 
-/* lock held: pages the rate allows since credit_from_ns, which moves on */
-static uint64_t pages_due(struct guest *g)
+/* lock held: how much the rate allows since p->from_ns, which moves on */
+static uint64_t due(struct fake_pace *p, uint64_t rate)
 {
     const uint64_t second = UINT64_C(1000000000);
-    uint64_t rate = g->rate * (100 - g->throttle_percent) / 100;
     uint64_t now_ns = lb_now_ns();
-    uint64_t due = rate * (now_ns - g->credit_from_ns) / second;
+    uint64_t n = rate * (now_ns - p->from_ns) / second;
 
-    if (due > rate / 20 + 1) { /* no bursts after a nap */
-        due = rate / 20 + 1;
-        g->credit_from_ns = now_ns;
-    } else if (due > 0) {
-        g->credit_from_ns += due * second / rate;
+    if (n > rate / 20 + 1) { /* no bursts after a nap */
+        n = rate / 20 + 1;
+        p->from_ns = now_ns;
+    } else if (n > 0) {
+        p->from_ns += n * second / rate;
     }
-    return due;
+    return n;
+}
+
+/* lock held: the guest begins to run */
+static void start_paces(struct guest *g)
+{
+    g->pages.from_ns = g->sends.from_ns = g->stores.from_ns = lb_now_ns();
+}
+
+/* lock held */
+static bool active(const struct guest *g)
+{
+    return g->running && !g->frozen && !g->quit;
+}
+
+/* lock held, given up between two things */
+static void do_due(struct guest *g)
+{
+    uint64_t pages = due(&g->pages, g->pages.rate * (100 - g->throttle_percent) / 100);
+    uint64_t sends = due(&g->sends, g->sends.rate), stores = due(&g->stores, g->stores.rate);
+
+    while ((pages || sends || stores) && active(g)) {
+        if (pages) {
+            write_random_page(g);
+            pages--;
+        }
+        if (stores) {
+            lb_fake_store_block(g);
+            stores--;
+        }
+        if (sends)
+            sends = lb_fake_send_frame(g) ? sends - 1 : 0;
+        /* let the engine in between two of them, as on another CPU */
+        pthread_mutex_unlock(&g->lock);
+        pthread_mutex_lock(&g->lock);
+    }
 }
 
 static void *worker_main(void *arg)
@@ -283,16 +299,11 @@ static void *worker_main(void *arg)
 
     pthread_mutex_lock(&g->lock);
     while (!g->quit) {
-        uint64_t due = g->running ? pages_due(g) : 0;
-        while (due-- > 0 && g->running && !g->quit) {
-            write_random_page(g);
-            /* let the engine in between two pages, as on another CPU */
-            pthread_mutex_unlock(&g->lock);
-            pthread_mutex_lock(&g->lock);
-        }
+        if (active(g))
+            do_due(g);
         if (g->quit)
             break;
-        if (g->running) {
+        if (active(g) && (g->pages.rate || g->sends.rate || g->stores.rate)) {
             struct timespec until;
             clock_gettime(CLOCK_MONOTONIC, &until);
             until.tv_nsec += 1000000;
@@ -351,8 +362,10 @@ static void guest_free(struct guest *g)
 {
     for (unsigned i = 0; i < N_BLOCKS; i++)
         block_close(&g->blocks[i]);
+    lb_fake_io_free(g);
     pthread_cond_destroy(&g->wake);
     pthread_mutex_destroy(&g->lock);
+    free(g->disk_path);
     free(g->name);
     free(g);
 }
@@ -371,14 +384,18 @@ static struct guest *guest_new(const char *name, const struct lb_fake_config *co
 
     g->blocks[MAIN].fd = g->blocks[VRAM].fd = -1;
     g->config = *config;
-    g->config.name = NULL;
+    g->config.name = g->config.disk_path = NULL;
     if (!g->config.ram_bytes)
         g->config.ram_bytes = 16u << 20;
     if (!g->config.vram_bytes)
         g->config.vram_bytes = 1u << 20;
     if (!g->config.random_bytes)
         g->config.random_bytes = 512;
-    g->rate = config->rate_pages_per_s;
+    g->pages.rate = config->rate_pages_per_s;
+    g->sends.rate = config->nic ? config->frames_per_s : 0;
+    g->stores.rate = config->disk_bytes ? config->disk_writes_per_s : 0;
+    g->disk_path = lb_strdup(config->disk_path ? config->disk_path : "");
+    g->nic.out = g->nic.in = -1;
     g->name = lb_strdup(name ? name : "fake");
     pthread_mutex_init(&g->lock, NULL);
     pthread_condattr_init(&attr);
@@ -387,8 +404,9 @@ static struct guest *guest_new(const char *name, const struct lb_fake_config *co
     pthread_condattr_destroy(&attr);
 
     if (!good_size(g->config.ram_bytes) || !good_size(g->config.vram_bytes) ||
-        g->config.random_bytes < 32 || g->config.random_bytes > LB_PAGE_SIZE) {
-        lb_fail(err, LB_E_USAGE, "fake: %s: impossible memory sizes", g->name);
+        g->config.random_bytes < 32 || g->config.random_bytes > LB_PAGE_SIZE ||
+        g->config.disk_bytes % LB_PAGE_SIZE) {
+        lb_fail(err, LB_E_USAGE, "fake: %s: impossible sizes", g->name);
     } else if (block_open(&g->blocks[MAIN], MAIN, "fake.ram", LB_RAM_MAIN, g->config.ram_bytes,
                           err) == 0 &&
                block_open(&g->blocks[VRAM], VRAM, "fake.vram", LB_RAM_DEVICE,
@@ -443,7 +461,7 @@ static void guest_end(struct guest *g)
     pthread_mutex_lock(&g->lock);
     g->quit = true;
     g->running = false;
-    pthread_cond_signal(&g->wake);
+    pthread_cond_broadcast(&g->wake);
     pthread_mutex_unlock(&g->lock);
     pthread_join(g->worker, NULL);
     guest_free(g);
@@ -473,8 +491,8 @@ static int take_disk_and_run(struct guest *g, struct lb_error *err)
 
     pthread_mutex_lock(&registry_lock);
     for (struct guest *o = guests; o && !holder; o = o->next) {
-        if (o == g || strcmp(o->uuid, g->uuid))
-            continue;
+        if (o == g || strcmp(o->uuid, g->uuid) || g->config.disk_bytes)
+            continue; /* another machine, or each copy has a disk of its own */
         pthread_mutex_lock(&o->lock);
         if (o->holds_disk)
             holder = o;
@@ -488,9 +506,9 @@ static int take_disk_and_run(struct guest *g, struct lb_error *err)
         pthread_mutex_lock(&g->lock);
         g->holds_disk = true;
         if (!g->running)
-            g->credit_from_ns = lb_now_ns();
+            start_paces(g);
         g->running = !g->dead;
-        pthread_cond_signal(&g->wake);
+        pthread_cond_broadcast(&g->wake);
         pthread_mutex_unlock(&g->lock);
     }
     pthread_mutex_unlock(&registry_lock);
@@ -514,7 +532,7 @@ int lb_fake_start(const struct lb_fake_config *config, lb_fake_id *out, struct l
         write_page(g, MAIN, i);
     g->holds_disk = true;
     g->running = !config->start_paused;
-    g->credit_from_ns = lb_now_ns();
+    start_paces(g);
     if (guest_register(g, false, err) < 0)
         return -1;
     *out = g->id;
@@ -533,8 +551,7 @@ const char *lb_fake_address(lb_fake_id id, char buf[32])
     return buf;
 }
 
-/* The guest with its lock held (and the registry's, so that it stays), or NULL. */
-static struct guest *hold(lb_fake_id id, struct lb_error *err)
+struct guest *lb_fake_hold(lb_fake_id id, struct lb_error *err)
 {
     pthread_mutex_lock(&registry_lock);
     struct guest *g = find_id(id);
@@ -547,7 +564,7 @@ static struct guest *hold(lb_fake_id id, struct lb_error *err)
     return g;
 }
 
-static void let_go(struct guest *g)
+void lb_fake_let_go(struct guest *g)
 {
     pthread_mutex_unlock(&g->lock);
     pthread_mutex_unlock(&registry_lock);
@@ -555,7 +572,7 @@ static void let_go(struct guest *g)
 
 int lb_fake_kill(lb_fake_id id, struct lb_error *err)
 {
-    struct guest *g = hold(id, err);
+    struct guest *g = lb_fake_hold(id, err);
     if (!g)
         return -1;
     pthread_mutex_unlock(&g->lock);
@@ -571,23 +588,24 @@ int lb_fake_kill(lb_fake_id id, struct lb_error *err)
 
 int lb_fake_set_rate(lb_fake_id id, uint64_t rate_pages_per_s, struct lb_error *err)
 {
-    struct guest *g = hold(id, err);
+    struct guest *g = lb_fake_hold(id, err);
     if (!g)
         return -1;
-    g->rate = rate_pages_per_s;
-    g->credit_from_ns = lb_now_ns();
-    let_go(g);
+    g->pages.rate = rate_pages_per_s;
+    g->pages.from_ns = lb_now_ns();
+    pthread_cond_broadcast(&g->wake);
+    lb_fake_let_go(g);
     return 0;
 }
 
 int lb_fake_touch(lb_fake_id id, unsigned block, uint64_t page, struct lb_error *err)
 {
-    struct guest *g = hold(id, err);
+    struct guest *g = lb_fake_hold(id, err);
     if (!g)
         return -1;
     assert(block < N_BLOCKS && page < g->blocks[block].n_pages);
     write_page(g, block, page);
-    let_go(g);
+    lb_fake_let_go(g);
     return 0;
 }
 
@@ -596,7 +614,7 @@ int lb_fake_verify(lb_fake_id id, uint64_t *bad_pages, struct lb_error *err)
     static const uint8_t zeros[LB_PAGE_SIZE];
     uint8_t want[LB_PAGE_SIZE];
     uint64_t bad = 0;
-    struct guest *g = hold(id, err);
+    struct guest *g = lb_fake_hold(id, err);
 
     if (!g)
         return -1;
@@ -612,14 +630,14 @@ int lb_fake_verify(lb_fake_id id, uint64_t *bad_pages, struct lb_error *err)
                 bad++;
         }
     }
-    let_go(g);
+    lb_fake_let_go(g);
     *bad_pages = bad;
     return 0;
 }
 
 int lb_fake_stats(lb_fake_id id, struct lb_fake_stats *out, struct lb_error *err)
 {
-    struct guest *g = hold(id, err);
+    struct guest *g = lb_fake_hold(id, err);
     if (!g)
         return -1;
     *out = (struct lb_fake_stats){
@@ -631,8 +649,18 @@ int lb_fake_stats(lb_fake_id id, struct lb_fake_stats *out, struct lb_error *err
         .writes = g->writes,
         .announces = g->announces,
         .nonce = g->nonce,
+        .frozen = g->frozen,
+        .checkpoint_mode = g->checkpoint_mode,
+        .nic_held = g->nic.held,
+        .mirroring = g->mirror.on && !g->mirror.failed,
+        .frames = g->frames,
+        .frames_blocked = g->nic.blocked,
+        .frames_dropped = g->nic.dropped,
+        .disk_writes = g->disk_writes,
+        .mirror_writes = g->mirror.writes,
+        .clock_stepped_ns = g->clock_stepped_ns,
     };
-    let_go(g);
+    lb_fake_let_go(g);
     return 0;
 }
 
@@ -642,7 +670,7 @@ static unsigned count(const char *name, bool running_only)
     pthread_mutex_lock(&registry_lock);
     for (struct guest *g = guests; g; g = g->next) {
         pthread_mutex_lock(&g->lock);
-        if (!g->dead && (g->running || !running_only) && (!name || !strcmp(name, g->name)))
+        if (!g->dead && ((g->running && !g->frozen) || !running_only) && (!name || !strcmp(name, g->name)))
             n++;
         pthread_mutex_unlock(&g->lock);
     }
@@ -686,6 +714,7 @@ unsigned lb_fake_reset(void)
     pthread_mutex_lock(&fault_lock);
     memset(faults, 0, sizeof(faults));
     pthread_mutex_unlock(&fault_lock);
+    lb_fake_io_reset();
     return left;
 }
 
@@ -694,7 +723,7 @@ unsigned lb_fake_reset(void)
 static int fake_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out,
                        struct lb_error *err)
 {
-    if (enter(LB_FAKE_ATTACH, NULL, err) < 0)
+    if (lb_fake_enter(LB_FAKE_ATTACH, NULL, err) < 0)
         return -1;
 
     struct guest *found = NULL;
@@ -742,16 +771,21 @@ static int fake_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_
     struct guest *g = vm->guest;
     struct utsname host;
 
-    if (enter(LB_FAKE_DESCRIBE, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_DESCRIBE, g, err) < 0)
         return -1;
-    char **argv = lb_alloc(8 * sizeof(*argv));
+    char **argv = lb_alloc(13 * sizeof(*argv));
     argv[0] = lb_strdup("fake-guest");
     argv[1] = lb_asprintf("vram_bytes=%" PRIu64, g->config.vram_bytes);
-    argv[2] = lb_asprintf("rate_pages_per_s=%" PRIu64, g->rate);
+    argv[2] = lb_asprintf("rate_pages_per_s=%" PRIu64, g->pages.rate);
     argv[3] = lb_asprintf("working_set_pages=%" PRIu64, g->config.working_set_pages);
     argv[4] = lb_asprintf("random_bytes=%" PRIu32, g->config.random_bytes);
     argv[5] = lb_asprintf("state_bytes=%" PRIu32, g->config.state_bytes);
     argv[6] = lb_asprintf("no_map=%d", g->config.no_map);
+    argv[7] = lb_asprintf("nic=%d", g->config.nic);
+    argv[8] = lb_asprintf("frames_per_s=%" PRIu64, g->config.frames_per_s);
+    argv[9] = lb_asprintf("disk_bytes=%" PRIu64, g->config.disk_bytes);
+    argv[10] = lb_asprintf("disk_writes_per_s=%" PRIu64, g->config.disk_writes_per_s);
+    argv[11] = lb_asprintf("no_clock=%d", g->config.no_clock);
     char **features = lb_alloc(3 * sizeof(*features));
     features[0] = lb_strdup("fake-paging");
     features[1] = lb_strdup("fake-sse");
@@ -781,7 +815,7 @@ static int fake_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_
 static int fake_blocks(struct lb_hv_vm *vm, const struct lb_ram_block **out, unsigned *n,
                        struct lb_error *err)
 {
-    if (enter(LB_FAKE_BLOCKS, vm->guest, err) < 0)
+    if (lb_fake_enter(LB_FAKE_BLOCKS, vm->guest, err) < 0)
         return -1;
     *out = vm->guest->table;
     *n = N_BLOCKS;
@@ -799,7 +833,7 @@ static void set_logging(struct guest *g, bool on)
 
 static int fake_log_enable(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    if (enter(LB_FAKE_LOG_ENABLE, vm->guest, err) < 0)
+    if (lb_fake_enter(LB_FAKE_LOG_ENABLE, vm->guest, err) < 0)
         return -1;
     set_logging(vm->guest, true);
     return 0;
@@ -807,7 +841,7 @@ static int fake_log_enable(struct lb_hv_vm *vm, struct lb_error *err)
 
 static int fake_log_disable(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    if (enter(LB_FAKE_LOG_DISABLE, vm->guest, err) < 0)
+    if (lb_fake_enter(LB_FAKE_LOG_DISABLE, vm->guest, err) < 0)
         return -1;
     set_logging(vm->guest, false);
     return 0;
@@ -823,7 +857,7 @@ static int fake_log_clean(struct lb_hv_vm *vm, const struct lb_ram_block *blk,
                           struct lb_bitmap *dirty, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_LOG_CLEAN, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_LOG_CLEAN, g, err) < 0)
         return -1;
     struct fake_block *b = block_of(g, blk);
     pthread_mutex_lock(&g->lock);
@@ -837,7 +871,7 @@ static int fake_log_peek(struct lb_hv_vm *vm, const struct lb_ram_block *blk, ui
                          uint64_t n, struct lb_bitmap *dirty, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_LOG_PEEK, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_LOG_PEEK, g, err) < 0)
         return -1;
     struct fake_block *b = block_of(g, blk);
     uint64_t at = first, run_first, run;
@@ -856,7 +890,7 @@ static int fake_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk,
                           struct lb_bitmap *pages, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_POPULATED, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_POPULATED, g, err) < 0)
         return -1;
     struct fake_block *b = block_of(g, blk);
     off_t at = 0, size = (off_t)b->pub.size_bytes;
@@ -879,7 +913,7 @@ static int fake_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk,
 static int fake_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                      uint64_t n_pages, void *buf, struct lb_error *err)
 {
-    if (enter(LB_FAKE_READ, vm->guest, err) < 0)
+    if (lb_fake_enter(LB_FAKE_READ, vm->guest, err) < 0)
         return -1;
     struct fake_block *b = block_of(vm->guest, blk);
     memcpy(buf, b->our_map + first_page * LB_PAGE_SIZE, n_pages * LB_PAGE_SIZE);
@@ -889,7 +923,7 @@ static int fake_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64
 static int fake_stop(struct lb_hv_vm *vm, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_STOP, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_STOP, g, err) < 0)
         return -1;
     pthread_mutex_lock(&g->lock); /* the worker is between two pages now */
     g->running = false;
@@ -899,7 +933,7 @@ static int fake_stop(struct lb_hv_vm *vm, struct lb_error *err)
 
 static int fake_cont(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    if (enter(LB_FAKE_CONT, vm->guest, err) < 0)
+    if (lb_fake_enter(LB_FAKE_CONT, vm->guest, err) < 0)
         return -1;
     return leave(LB_FAKE_CONT, take_disk_and_run(vm->guest, err), err);
 }
@@ -907,7 +941,7 @@ static int fake_cont(struct lb_hv_vm *vm, struct lb_error *err)
 static int fake_save_begin(struct lb_hv_vm *vm, bool final, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_SAVE_BEGIN, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_SAVE_BEGIN, g, err) < 0)
         return -1;
     if (final) {
         pthread_mutex_lock(&g->lock);
@@ -925,7 +959,7 @@ static size_t tables_bytes(const struct guest *g)
 static int fake_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_SAVE_END, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_SAVE_END, g, err) < 0)
         return -1;
     size_t body = sizeof(struct state_header) + tables_bytes(g);
     size_t total = LB_MAX(body + sizeof(uint64_t), (size_t)g->config.state_bytes);
@@ -939,6 +973,8 @@ static int fake_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb
         .nonce = g->nonce,
         .rng = g->rng,
         .writes = g->writes,
+        .frames = g->frames,
+        .disk_writes = g->disk_writes,
         .n_pages = {g->blocks[MAIN].n_pages, g->blocks[VRAM].n_pages},
         .next_seq = g->next_seq,
         .random_bytes = g->config.random_bytes,
@@ -962,10 +998,34 @@ static int fake_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb
 static int fake_throttle(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_THROTTLE, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_THROTTLE, g, err) < 0)
         return -1;
     pthread_mutex_lock(&g->lock);
     g->throttle_percent = percent;
+    pthread_mutex_unlock(&g->lock);
+    return 0;
+}
+
+static int fake_checkpoint_mode(struct lb_hv_vm *vm, bool on, struct lb_error *err)
+{
+    struct guest *g = vm->guest;
+    if (lb_fake_enter(LB_FAKE_CHECKPOINT_MODE, g, err) < 0)
+        return -1;
+    pthread_mutex_lock(&g->lock);
+    g->checkpoint_mode = on;
+    pthread_mutex_unlock(&g->lock);
+    return 0;
+}
+
+static int fake_freeze(struct lb_hv_vm *vm, bool on, struct lb_error *err)
+{
+    struct guest *g = vm->guest;
+    if (lb_fake_enter(LB_FAKE_FREEZE, g, err) < 0)
+        return -1;
+    pthread_mutex_lock(&g->lock); /* the worker is between two things now */
+    g->frozen = on;
+    start_paces(g);
+    pthread_cond_broadcast(&g->wake);
     pthread_mutex_unlock(&g->lock);
     return 0;
 }
@@ -994,9 +1054,9 @@ static int word_value(char **argv, const char *key, uint64_t max, uint64_t *out,
 static int fake_launch(const struct lb_vm_desc *desc, const struct lb_launch_opts *opts,
                        struct lb_hv_vm **out, struct lb_error *err)
 {
-    uint64_t vram, rate, set, random_bytes, state, no_map;
+    uint64_t vram, rate, set, random_bytes, state, no_map, nic, sends, disk, stores, no_clock;
 
-    if (enter(LB_FAKE_LAUNCH, NULL, err) < 0)
+    if (lb_fake_enter(LB_FAKE_LAUNCH, NULL, err) < 0)
         return -1;
     if (!desc->hypervisor || strcmp(desc->hypervisor, "fake"))
         return lb_fail(err, LB_E_UNSUPPORTED, "fake: cannot run a guest of %s",
@@ -1009,7 +1069,12 @@ static int fake_launch(const struct lb_vm_desc *desc, const struct lb_launch_opt
         word_value(desc->argv, "working_set_pages", UINT64_MAX, &set, err) < 0 ||
         word_value(desc->argv, "random_bytes", LB_PAGE_SIZE, &random_bytes, err) < 0 ||
         word_value(desc->argv, "state_bytes", 1u << 30, &state, err) < 0 ||
-        word_value(desc->argv, "no_map", 1, &no_map, err) < 0)
+        word_value(desc->argv, "no_map", 1, &no_map, err) < 0 ||
+        word_value(desc->argv, "nic", 1, &nic, err) < 0 ||
+        word_value(desc->argv, "frames_per_s", 1u << 30, &sends, err) < 0 ||
+        word_value(desc->argv, "disk_bytes", UINT64_C(1) << 40, &disk, err) < 0 ||
+        word_value(desc->argv, "disk_writes_per_s", 1u << 30, &stores, err) < 0 ||
+        word_value(desc->argv, "no_clock", 1, &no_clock, err) < 0)
         return -1;
     struct lb_fake_config config = {
         .ram_bytes = desc->ram_bytes,
@@ -1019,6 +1084,11 @@ static int fake_launch(const struct lb_vm_desc *desc, const struct lb_launch_opt
         .random_bytes = (uint32_t)random_bytes,
         .state_bytes = (uint32_t)state,
         .no_map = no_map,
+        .nic = nic,
+        .frames_per_s = sends,
+        .disk_bytes = disk,
+        .disk_writes_per_s = stores,
+        .no_clock = no_clock,
     };
     struct guest *g = guest_new(opts->name ? opts->name : desc->name, &config, err);
     if (!g)
@@ -1037,7 +1107,7 @@ static int fake_launch(const struct lb_vm_desc *desc, const struct lb_launch_opt
 
 static int fake_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    if (enter(LB_FAKE_PREPARE_RAM, vm->guest, err) < 0)
+    if (lb_fake_enter(LB_FAKE_PREPARE_RAM, vm->guest, err) < 0)
         return -1;
     struct fake_block *b = &vm->guest->blocks[MAIN];
     if (fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
@@ -1049,7 +1119,7 @@ static int fake_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err)
 static int fake_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                       uint64_t n_pages, const void *buf, struct lb_error *err)
 {
-    if (enter(LB_FAKE_WRITE, vm->guest, err) < 0)
+    if (lb_fake_enter(LB_FAKE_WRITE, vm->guest, err) < 0)
         return -1;
     struct fake_block *b = block_of(vm->guest, blk);
     memcpy(b->our_map + first_page * LB_PAGE_SIZE, buf, n_pages * LB_PAGE_SIZE);
@@ -1062,7 +1132,7 @@ static int fake_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, str
     struct state_header head;
     uint64_t sum;
 
-    if (enter(LB_FAKE_LOAD_STATE, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_LOAD_STATE, g, err) < 0)
         return -1;
     if (len < sizeof(head) + tables_bytes(g) + sizeof(sum))
         return lb_fail(err, LB_E_PROTO, "fake: device state of %zu bytes is cut short", len);
@@ -1080,6 +1150,8 @@ static int fake_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, str
     g->nonce = head.nonce;
     g->rng = head.rng;
     g->writes = head.writes;
+    g->frames = head.frames;
+    g->disk_writes = head.disk_writes;
     g->next_seq = head.next_seq;
     size_t at = sizeof(head);
     for (unsigned i = 0; i < N_BLOCKS; i++) {
@@ -1093,7 +1165,7 @@ static int fake_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, str
 
 static int fake_run(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    if (enter(LB_FAKE_RUN, vm->guest, err) < 0)
+    if (lb_fake_enter(LB_FAKE_RUN, vm->guest, err) < 0)
         return -1;
     return leave(LB_FAKE_RUN, take_disk_and_run(vm->guest, err), err);
 }
@@ -1101,7 +1173,7 @@ static int fake_run(struct lb_hv_vm *vm, struct lb_error *err)
 static int fake_announce(struct lb_hv_vm *vm, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_ANNOUNCE, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_ANNOUNCE, g, err) < 0)
         return -1;
     pthread_mutex_lock(&g->lock);
     g->announces++;
@@ -1114,7 +1186,7 @@ static int fake_announce(struct lb_hv_vm *vm, struct lb_error *err)
 static int fake_status(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    if (enter(LB_FAKE_STATUS, g, err) < 0)
+    if (lb_fake_enter(LB_FAKE_STATUS, g, err) < 0)
         return -1;
     pthread_mutex_lock(&g->lock);
     *alive = !g->dead;
@@ -1159,6 +1231,7 @@ static void fake_detach(struct lb_hv_vm *vm)
     set_logging(g, false);
     pthread_mutex_lock(&g->lock);
     g->throttle_percent = 0;
+    g->checkpoint_mode = false;
     pthread_mutex_unlock(&g->lock);
 
     pthread_mutex_lock(&registry_lock);
@@ -1175,7 +1248,7 @@ static void fake_detach(struct lb_hv_vm *vm)
 static int fake_destroy(struct lb_hv_vm *vm, struct lb_error *err)
 {
     struct guest *g = vm->guest;
-    int rc = enter(LB_FAKE_DESTROY, g, err);
+    int rc = lb_fake_enter(LB_FAKE_DESTROY, g, err);
 
     pthread_mutex_lock(&registry_lock);
     unlink_guest(g);
@@ -1201,6 +1274,16 @@ const struct lb_hv_ops lb_hv_fake = {
     .save_begin = fake_save_begin,
     .save_end = fake_save_end,
     .throttle = fake_throttle,
+    .checkpoint_mode = fake_checkpoint_mode,
+    .freeze = fake_freeze,
+    .nics = lb_fake_nics,
+    .nic_hold = lb_fake_nic_hold,
+    .nic_unhold = lb_fake_nic_unhold,
+    .disks = lb_fake_disks,
+    .disk_mirror = lb_fake_disk_mirror,
+    .disk_mirror_status = lb_fake_disk_mirror_status,
+    .disk_mirror_end = lb_fake_disk_mirror_end,
+    .clock_step = lb_fake_clock_step,
     .launch = fake_launch,
     .prepare_ram = fake_prepare_ram,
     .write = fake_write,

@@ -12,6 +12,11 @@
  * final = true gives the lock up, cont and run take it and fail while another
  * guest with the same uuid has it.
  *
+ * It may have a network card that sends numbered frames (lb_fake_set_wire sees what
+ * leaves the host) and a disk that it writes in a fixed sequence (lb_fake_disk_fill
+ * says what it must hold after so many writes).  Both numbers are part of the device
+ * state: a frame that left, or a block a backup holds, tells which state it belongs to.
+ *
  * Guests live until destroyed, killed or reset; handles come and go (one at a
  * time per guest).  All functions here may be called from any thread.
  */
@@ -29,6 +34,14 @@ struct lb_fake_config {
     uint64_t working_set_pages; /* rewrites stay in the first N pages of fake.ram; 0: all */
     uint32_t random_bytes;      /* incompressible part of a stamped page, 32..4096; 0: 512 */
     uint32_t state_bytes;       /* device state is padded to at least this */
+    bool nic;                   /* has the card "net0" */
+    bool nic_opaque;            /* which can not be held */
+    uint64_t frames_per_s;      /* what it sends while it runs */
+    uint64_t disk_bytes;        /* multiple of LB_PAGE_SIZE; the disk "disk0"; 0: none. Each copy
+                                   of the machine has one of its own then: no lock between them */
+    uint64_t disk_writes_per_s; /* blocks of LB_PAGE_SIZE written while it runs */
+    const char *disk_path;      /* what disks() says; a receiver has "" */
+    bool no_clock;              /* clock_step is not supported */
     bool no_map;                /* blocks without a map: engine has to use lb_hv_read/write */
     bool start_paused;
 };
@@ -59,10 +72,37 @@ struct lb_fake_stats {
     uint64_t writes;      /* since boot, kept across migration */
     uint64_t announces;   /* of this copy */
     uint64_t nonce;       /* the same before and after migration */
+    bool frozen, checkpoint_mode, nic_held, mirroring;
+    uint64_t frames;         /* sent since boot, kept across migration */
+    uint64_t frames_blocked; /* how often the reader left no room: QEMU would have hung */
+    uint64_t frames_dropped; /* the reader had gone */
+    uint64_t disk_writes;    /* since boot, kept across migration */
+    uint64_t mirror_writes;  /* blocks given to the mirror, first copy included */
+    uint64_t clock_stepped_ns;
 };
 int lb_fake_stats(lb_fake_id id, struct lb_fake_stats *out, struct lb_error *err);
 
-/* Living guests / running guests of that name (NULL: of any name). */
+/* ---- network card. Frame n carries the nonce and n, from 1. */
+#define LB_FAKE_FRAME_BYTES 64
+/* The guest sends one frame now, running or not. LB_E_STATE when the holder leaves no room. */
+int lb_fake_send(lb_fake_id id, struct lb_error *err);
+/* false: no frame of a fake guest */
+bool lb_fake_frame_parse(const void *frame, size_t len, uint64_t *nonce, uint64_t *seq);
+/* Sees every frame that leaves a host, in order per guest, from threads of the fake. Must not call
+ * back. A dead or frozen guest lets nothing out. NULL removes; so does reset. */
+typedef void lb_fake_wire_fn(lb_fake_id from, const void *frame, size_t len, void *arg);
+void lb_fake_set_wire(lb_fake_wire_fn *fn, void *arg);
+
+/* ---- disk. Write n, from 1, fills one block with what follows from the nonce and n. */
+/* The whole disk after so many writes; zeros before the first. */
+void lb_fake_disk_fill(void *image, uint64_t disk_bytes, uint64_t nonce, uint64_t writes);
+/* The NBD server of every mirror: gets each block of the first copy, then each write before it
+ * counts as done. -1: the mirror fails as when the server is gone. As set_wire. */
+typedef int lb_fake_mirror_fn(lb_fake_id from, const char *nbd_socket, const char *export_name,
+                              uint64_t offset, const void *data, size_t len, void *arg);
+void lb_fake_set_mirror(lb_fake_mirror_fn *fn, void *arg);
+
+/* Living guests / running guests (not the frozen) of that name (NULL: of any name). */
 unsigned lb_fake_count(const char *name);
 unsigned lb_fake_running(const char *name);
 /* End of a test: end every guest without a handle, disarm all faults.  Returns
@@ -79,7 +119,9 @@ enum lb_fake_slot {
     LB_FAKE_LOG_PEEK, LB_FAKE_LOG_DISABLE, LB_FAKE_POPULATED, LB_FAKE_READ, LB_FAKE_STOP,
     LB_FAKE_CONT, LB_FAKE_SAVE_BEGIN, LB_FAKE_SAVE_END, LB_FAKE_THROTTLE, LB_FAKE_LAUNCH,
     LB_FAKE_PREPARE_RAM, LB_FAKE_WRITE, LB_FAKE_LOAD_STATE, LB_FAKE_RUN, LB_FAKE_ANNOUNCE,
-    LB_FAKE_STATUS, LB_FAKE_DESTROY, LB_FAKE_N_SLOTS
+    LB_FAKE_STATUS, LB_FAKE_DESTROY, LB_FAKE_CHECKPOINT_MODE, LB_FAKE_FREEZE, LB_FAKE_NICS,
+    LB_FAKE_NIC_HOLD, LB_FAKE_NIC_UNHOLD, LB_FAKE_DISKS, LB_FAKE_DISK_MIRROR,
+    LB_FAKE_DISK_MIRROR_STATUS, LB_FAKE_DISK_MIRROR_END, LB_FAKE_CLOCK_STEP, LB_FAKE_N_SLOTS
 };
 /* The nth call from now (1: the next) fails with code, before it has any effect;
  * calls after it work again.  One fault per slot; nth 0 disarms.  A failing

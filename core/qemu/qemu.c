@@ -14,7 +14,9 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <string.h>
+#include <sys/syscall.h>
 
 #define YOUNG_MS 500
 
@@ -275,6 +277,72 @@ static int log_disable(struct lb_hv_vm *vm, struct lb_error *err)
     return 0;
 }
 
+/* ------------------------------------------------------------- checkpoints */
+
+static int checkpoint_mode(struct lb_hv_vm *vm, bool on, struct lb_error *err)
+{
+    (void)err;
+    vm->checkpointing = on;
+    return 0;
+}
+
+/* Any thread. SIGSTOP is seen by every thread of QEMU at its next return from the kernel; vCPUs
+ * are threads too. */
+static int freeze(struct lb_hv_vm *vm, bool on, struct lb_error *err)
+{
+    if (syscall(SYS_pidfd_send_signal, vm->pidfd, on ? SIGSTOP : SIGCONT, NULL, 0) < 0)
+        return lb_fail_errno(err, LB_E_HV, errno, "cannot %s process %d", on ? "freeze" : "thaw",
+                             (int)vm->proc.pid);
+    return 0;
+}
+
+static int not_yet(struct lb_error *err)
+{
+    return lb_fail(err, LB_E_UNSUPPORTED, "not written yet");
+}
+static int nics(struct lb_hv_vm *vm, struct lb_nic **out, unsigned *n, struct lb_error *err)
+{
+    (void)vm, (void)out, (void)n;
+    return not_yet(err);
+}
+static int nic_hold(struct lb_hv_vm *vm, const char *id, int fds[2], struct lb_error *err)
+{
+    (void)vm, (void)id, (void)fds;
+    return not_yet(err);
+}
+static int nic_unhold(struct lb_hv_vm *vm, const char *id, struct lb_error *err)
+{
+    (void)vm, (void)id;
+    return not_yet(err);
+}
+static int disks(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, struct lb_error *err)
+{
+    (void)vm, (void)out, (void)n;
+    return not_yet(err);
+}
+static int disk_mirror(struct lb_hv_vm *vm, const char *id, const char *sock, const char *name,
+                       struct lb_error *err)
+{
+    (void)vm, (void)id, (void)sock, (void)name;
+    return not_yet(err);
+}
+static int disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
+                              struct lb_mirror_status *out, struct lb_error *err)
+{
+    (void)vm, (void)id, (void)poll, (void)out;
+    return not_yet(err);
+}
+static int disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err)
+{
+    (void)vm, (void)id;
+    return not_yet(err);
+}
+static int clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err)
+{
+    (void)vm, (void)step_ns;
+    return not_yet(err);
+}
+
 /* -------------------------------------------------------------------- both */
 
 static int announce(struct lb_hv_vm *vm, struct lb_error *err)
@@ -361,6 +429,16 @@ const struct lb_hv_ops lb_hv_qemu = {
     .save_begin = lb_qemu_save_begin,
     .save_end = lb_qemu_save_end,
     .throttle = lb_qemu_throttle,
+    .checkpoint_mode = checkpoint_mode,
+    .freeze = freeze,
+    .nics = nics,
+    .nic_hold = nic_hold,
+    .nic_unhold = nic_unhold,
+    .disks = disks,
+    .disk_mirror = disk_mirror,
+    .disk_mirror_status = disk_mirror_status,
+    .disk_mirror_end = disk_mirror_end,
+    .clock_step = clock_step,
     .launch = lb_qemu_launch,
     .prepare_ram = lb_qemu_prepare_ram,
     .write = lb_qemu_write,

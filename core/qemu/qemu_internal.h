@@ -114,6 +114,7 @@ struct lb_hv_vm {
 
     /* engine thread */
     struct lb_qmp *qmp;
+    bool checkpointing;          /* stop, save, cont follow each other: prepared ahead */
     uint64_t stop_count;         /* how often the guest was stopped */
     const struct lb_dirty_ops *dirty;   /* chosen at log_enable */
     int uffd;                    /* dirty_uffd.c */

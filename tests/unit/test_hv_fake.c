@@ -8,6 +8,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <cmocka.h>
 
@@ -461,7 +462,7 @@ static void sweep(bool die)
 
     for (int s = 0; s < LB_FAKE_N_SLOTS; s++) {
         enum lb_fake_slot slot = (enum lb_fake_slot)s;
-        if (slot == LB_FAKE_THROTTLE || slot == LB_FAKE_STATUS || slot == LB_FAKE_DESTROY ||
+        if (slot == LB_FAKE_THROTTLE || slot == LB_FAKE_STATUS || slot >= LB_FAKE_DESTROY ||
             slot == LB_FAKE_LOG_DISABLE) /* not part of this migration, or after it */
             continue;
         if (die && (slot == LB_FAKE_ATTACH || slot == LB_FAKE_LAUNCH))
@@ -543,6 +544,243 @@ static void fault_hooks(void **state)
                                     lb_fake_slot_name((enum lb_fake_slot)b));
 }
 
+/* ---- checkpoints: card, disk, freeze, clock */
+
+struct wire {
+    uint64_t last, nonce;
+    _Atomic uint64_t count, from;
+    bool gap;
+};
+
+static void on_wire(lb_fake_id from, const void *frame, size_t len, void *arg)
+{
+    struct wire *w = arg;
+    uint64_t seq;
+    if (!lb_fake_frame_parse(frame, len, &w->nonce, &seq) || seq != w->last + 1)
+        w->gap = true;
+    w->last = seq;
+    w->count++;
+    w->from = from;
+}
+
+static const struct lb_fake_config with_io = {
+    .name = "web1", .ram_bytes = 1u << 20, .vram_bytes = 64u << 10, .touched_pages = 10,
+    .nic = true, .disk_bytes = 1u << 20,
+};
+
+/* What came out of the card, `n` frames at most, without waiting. */
+static unsigned take_frames(int fd, uint8_t frames[][4 + LB_FAKE_FRAME_BYTES], unsigned max)
+{
+    unsigned n = 0;
+    while (n < max && recv(fd, frames[n], sizeof(frames[n]), MSG_DONTWAIT) ==
+                          (ssize_t)sizeof(frames[n])) {
+        assert_int_equal(frames[n][3], LB_FAKE_FRAME_BYTES);
+        n++;
+    }
+    return n;
+}
+
+static void card(void **state)
+{
+    (void)state;
+    static uint8_t kept[64][4 + LB_FAKE_FRAME_BYTES];
+    struct wire w = {0};
+    struct lb_error err = LB_ERROR_INIT;
+    lb_fake_id id = start(&with_io);
+    struct lb_hv_vm *vm = attach(id);
+    struct lb_nic *nics;
+    unsigned n;
+    int fds[2];
+    lb_fake_set_wire(on_wire, &w);
+    assert_int_equal(lb_hv_nics(vm, &nics, &n, NULL), 0);
+    assert_int_equal(n, 1);
+    assert_string_equal(nics[0].id, "net0");
+    assert_int_equal(nics[0].kind, LB_NIC_INSIDE);
+    free(nics);
+    assert_int_equal(lb_fake_send(id, NULL), 0);
+    assert_int_equal(w.count, 1); /* not held: it leaves */
+
+    assert_int_equal(lb_hv_nic_hold(vm, "net1", fds, &err), -1);
+    assert_int_equal(err.code, LB_E_NOT_FOUND);
+    assert_int_equal(lb_hv_nic_hold(vm, "net0", fds, NULL), 0);
+    for (int i = 0; i < 20; i++)
+        assert_int_equal(lb_fake_send(id, NULL), 0);
+    assert_int_equal(w.count, 1); /* held */
+    assert_int_equal(take_frames(fds[0], kept, 64), 20);
+    assert_int_equal(lb_write_all(fds[1], kept, 12 * sizeof(kept[0]), NULL), 0);
+    for (int i = 0; i < 1000 && w.count < 13; i++)
+        lb_sleep_ms(1);
+    assert_int_equal(w.count, 13);
+
+    /* a frozen hypervisor lets nothing out, even when it is released */
+    assert_int_equal(lb_hv_freeze(vm, true, NULL), 0);
+    assert_int_equal(lb_write_all(fds[1], kept + 12, 4 * sizeof(kept[0]), NULL), 0);
+    lb_sleep_ms(20);
+    assert_int_equal(w.count, 13);
+    assert_int_equal(lb_fake_running(NULL), 0);
+    assert_int_equal(lb_hv_stop(vm, &err), -1);
+    assert_int_equal(err.code, LB_E_HV);
+    assert_int_equal(lb_hv_freeze(vm, false, NULL), 0);
+    assert_int_equal(lb_fake_running(NULL), 1);
+
+    /* unhold: the rest goes first, then what is sent directly */
+    assert_int_equal(lb_hv_stop(vm, NULL), 0);
+    assert_int_equal(lb_write_all(fds[1], kept + 16, 4 * sizeof(kept[0]), NULL), 0);
+    assert_int_equal(lb_hv_nic_unhold(vm, "net0", NULL), 0);
+    assert_int_equal(w.count, 21);
+    assert_int_equal(lb_fake_send(id, NULL), 0);
+    assert_int_equal(w.count, 22);
+    assert_false(w.gap);
+    close(fds[0]);
+    close(fds[1]);
+
+    /* a holder that is gone: dropped, not leaked; one that does not read: counted */
+    struct lb_fake_stats st;
+    assert_int_equal(lb_hv_nic_hold(vm, "net0", fds, NULL), 0);
+    close(fds[0]);
+    close(fds[1]);
+    assert_int_equal(lb_fake_send(id, NULL), 0);
+    assert_int_equal(w.count, 22);
+    assert_int_equal(lb_hv_nic_hold(vm, "net0", fds, NULL), 0); /* a new one takes over */
+    int rc = 0;
+    for (int i = 0; i < 100000 && rc == 0; i++)
+        rc = lb_fake_send(id, NULL);
+    assert_int_equal(rc, -1);
+    assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
+    assert_true(st.nic_held && st.frames_blocked == 1 && st.frames_dropped == 1);
+    /* death: what was released a moment before stays inside */
+    assert_int_equal(lb_fake_kill(id, NULL), 0);
+    assert_int_equal(w.count, 22);
+    close(fds[0]);
+    close(fds[1]);
+    assert_int_equal(lb_hv_destroy(vm, NULL), 0);
+    lb_fake_reset();
+}
+
+struct image {
+    uint8_t bytes[1u << 20];
+    _Atomic int fail_after;
+};
+
+static int on_mirror(lb_fake_id from, const char *sock, const char *name, uint64_t offset,
+                     const void *data, size_t len, void *arg)
+{
+    struct image *im = arg;
+    (void)from;
+    if (strcmp(sock, "nbd.sock") || strcmp(name, "0") || im->fail_after-- == 0)
+        return -1;
+    memcpy(im->bytes + offset, data, len);
+    return 0;
+}
+
+static void mirrored_disk(void **state)
+{
+    (void)state;
+    static struct image im;
+    static uint8_t want[sizeof(im.bytes)];
+    struct lb_fake_config c = with_io;
+    struct lb_mirror_status ms;
+    struct lb_fake_stats st;
+    struct lb_error err = LB_ERROR_INIT;
+    c.disk_writes_per_s = 5000;
+    lb_fake_id id = start(&c);
+    struct lb_hv_vm *vm = attach(id);
+    struct lb_hv_disk *disks;
+    unsigned n;
+    assert_int_equal(lb_hv_disks(vm, &disks, &n, NULL), 0);
+    assert_int_equal(n, 1);
+    assert_true(disks[0].size_bytes == 1u << 20);
+    free(disks);
+    im.fail_after = -1;
+    lb_fake_set_mirror(on_mirror, &im);
+    assert_int_equal(lb_hv_disk_mirror_status(vm, "disk0", true, &ms, &err), -1);
+    lb_sleep_ms(20); /* some writes before the mirror: in the first copy */
+    assert_int_equal(lb_hv_disk_mirror(vm, "disk0", "nbd.sock", "0", NULL), 0);
+    assert_int_equal(lb_hv_disk_mirror(vm, "disk0", "nbd.sock", "0", &err), -1);
+    assert_int_equal(err.code, LB_E_EXISTS);
+    for (int i = 0; i < 10; i++) {
+        lb_sleep_ms(5);
+        assert_int_equal(lb_hv_stop(vm, NULL), 0);
+        assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
+        lb_fake_disk_fill(want, sizeof(want), st.nonce, st.disk_writes);
+        assert_memory_equal(im.bytes, want, sizeof(want));
+        assert_int_equal(lb_hv_cont(vm, NULL), 0);
+    }
+    assert_true(st.disk_writes > 20 && st.mirroring);
+    assert_int_equal(lb_hv_disk_mirror_status(vm, "disk0", false, &ms, NULL), 0);
+    assert_true(ms.ready && !ms.failed);
+    im.fail_after = 0;
+    for (int i = 0; i < 2000 && !ms.failed; i++) {
+        lb_sleep_ms(1);
+        assert_int_equal(lb_hv_disk_mirror_status(vm, "disk0", false, &ms, NULL), 0);
+    }
+    assert_true(ms.failed && !ms.ready && ms.error[0]);
+    assert_int_equal(lb_hv_disk_mirror_end(vm, "disk0", NULL), 0);
+    assert_int_equal(lb_hv_disk_mirror_end(vm, "disk0", NULL), 0);
+    lb_hv_detach(vm);
+    lb_fake_reset();
+}
+
+/* Card and disk of a copy go on where the state says; each copy may run: no lock. */
+static void io_travels(void **state)
+{
+    (void)state;
+    struct wire w = {0};
+    struct lb_fake_stats before, after;
+    struct lb_fake_config c = with_io;
+    c.frames_per_s = 2000;
+    c.disk_writes_per_s = 2000;
+    lb_fake_id id = start(&c), next = 0;
+    lb_fake_set_wire(on_wire, &w);
+    for (int i = 0; i < 2000 && w.count < 5; i++)
+        lb_sleep_ms(1);
+    assert_int_equal(migrate(id, &(struct options){.rounds = 1}, &next, NULL), 0);
+    assert_int_equal(lb_fake_stats(next, &before, NULL), 0);
+    for (int i = 0; i < 2000 && w.from != next; i++)
+        lb_sleep_ms(1);
+    assert_int_equal(lb_fake_stats(next, &after, NULL), 0);
+    assert_true(after.frames >= before.frames && before.frames > 5 && before.disk_writes > 0);
+    lb_fake_reset();
+    assert_true(w.from == next && !w.gap);
+}
+
+static void clock_and_mode(void **state)
+{
+    (void)state;
+    struct lb_fake_stats st;
+    struct lb_error err = LB_ERROR_INIT;
+    lb_fake_id id = start(&busy);
+    struct lb_hv_vm *vm = attach(id);
+    struct lb_nic *nics;
+    unsigned n;
+    assert_int_equal(lb_hv_nics(vm, &nics, &n, NULL), 0);
+    assert_int_equal(n, 0);
+    free(nics);
+    assert_int_equal(lb_hv_clock_step(vm, 5, NULL), 0);
+    assert_int_equal(lb_hv_clock_step(vm, 7, NULL), 0);
+    assert_int_equal(lb_hv_checkpoint_mode(vm, true, NULL), 0);
+    assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
+    assert_true(st.clock_stepped_ns == 12 && st.checkpoint_mode);
+    uint64_t a;
+    assert_int_equal(lb_hv_freeze(vm, true, NULL), 0);
+    a = writes(id);
+    lb_sleep_ms(30);
+    assert_true(writes(id) == a); /* frozen, though never stopped */
+    assert_int_equal(lb_hv_freeze(vm, false, NULL), 0);
+    for (int i = 0; i < 1000 && writes(id) == a; i++)
+        lb_sleep_ms(1);
+    assert_true(writes(id) > a);
+    lb_hv_detach(vm);
+    lb_fake_reset();
+    struct lb_fake_config c = busy;
+    c.no_clock = true;
+    vm = attach(start(&c));
+    assert_int_equal(lb_hv_clock_step(vm, 5, &err), -1);
+    assert_int_equal(err.code, LB_E_UNSUPPORTED);
+    lb_hv_detach(vm);
+    lb_fake_reset();
+}
+
 /* ---- misuse: each of these is our own bug, so the wrapper has to abort ---- */
 
 static struct lb_hv_vm *m_vm;
@@ -588,6 +826,14 @@ static void m_end_unbegun(void)
 static void m_load_source(void) { lb_hv_load_state(m_vm, "x", 1, NULL); }
 static void m_run_source(void) { lb_hv_run(m_vm, NULL); }
 static void m_prepare_source(void) { lb_hv_prepare_ram(m_vm, NULL); }
+static void m_unhold_running(void) { lb_hv_nic_unhold(m_vm, "net0", NULL); }
+static void m_poll_saving(void)
+{
+    struct lb_mirror_status ms;
+    lb_hv_stop(m_vm, NULL);
+    lb_hv_save_begin(m_vm, false, NULL);
+    lb_hv_disk_mirror_status(m_vm, "disk0", true, &ms, NULL);
+}
 static void m_throttle_100(void) { lb_hv_throttle(m_vm, 100, NULL); }
 static void m_read_beyond(void)
 {
@@ -630,6 +876,7 @@ static void misuse_aborts(void **state)
         m_clean_running, m_clean_unlogged, m_clean_small,    m_enable_twice, m_save_running,
         m_cont_saving,   m_end_unbegun,    m_load_source,    m_run_source,   m_prepare_source,
         m_throttle_100,  m_read_beyond,    m_read_wraps,     m_missing_slot,
+        m_unhold_running, m_poll_saving,
     };
     struct lb_fake_config idle = busy;
     unsigned n;
@@ -658,7 +905,9 @@ int main(void)
         cmocka_unit_test(names_and_handles),  cmocka_unit_test(there_and_back),
         cmocka_unit_test(mistakes_are_found), cmocka_unit_test(bad_input),
         cmocka_unit_test(fault_hooks),        cmocka_unit_test(every_fault),
-        cmocka_unit_test(every_death),        cmocka_unit_test(misuse_aborts),
+        cmocka_unit_test(every_death),        cmocka_unit_test(card),
+        cmocka_unit_test(mirrored_disk),      cmocka_unit_test(io_travels),
+        cmocka_unit_test(clock_and_mode),     cmocka_unit_test(misuse_aborts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
