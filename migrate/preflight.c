@@ -179,6 +179,8 @@ struct dest {
     const struct lb_arg_item *items;
     unsigned n_items;
     struct lb_report *r;
+    const char *const *copied; /* disks that are not shared: a copy is kept here */
+    unsigned n_copied;
 };
 
 /* As the receiver will see it: launch maps the text of the command line and starts it
@@ -338,6 +340,31 @@ static bool is_file_path(const char *path)
     return path[0] && !(colon && (!slash || colon < slash)) && path[0] != '{';
 }
 
+/* A copy of it is kept up to date here: it may be missing, and nobody else may use it. */
+static bool is_copied(const struct dest *x, const char *path)
+{
+    for (unsigned i = 0; i < x->n_copied; i++)
+        if (!strcmp(x->copied[i], path))
+            return true;
+    return false;
+}
+
+static void check_copied(const struct dest *x, const char *path, int e)
+{
+    LB_AUTO_FREE char *dir = lb_host_parent(path);
+
+    if (e == ENOENT && access(dir, W_OK) == 0)
+        lb_report_add(x->r, "disks", LB_CHECK_OK, NULL, "%s will be made for the copy", path);
+    else if (e == ENOENT)
+        refuse(x->r, "disks", "make the directory, or map the path: `path = THERE -> HERE` in the "
+               "configuration of this host", "the copy %s cannot be made: %s", path, strerror(errno));
+    else if (lb_host_locked(path) == 1)
+        refuse(x->r, "disk-locks", "map the path to another file: `path = THERE -> HERE` in the "
+               "configuration of this host", "%s is in use here, it cannot be the copy", path);
+    else
+        lb_report_add(x->r, "disks", LB_CHECK_OK, NULL, "%s will be overwritten with the copy", path);
+}
+
 static void check_disk(const struct dest *x, const struct lb_disk_desc *k)
 {
     if (!is_file_path(k->path))
@@ -345,6 +372,11 @@ static void check_disk(const struct dest *x, const struct lb_disk_desc *k)
     LB_AUTO_FREE char *path = local_path(x, k->path);
     struct stat st;
     int e = stat(path, &st) < 0 ? errno : 0;
+    bool copied = is_copied(x, k->path);
+    if (copied && e == ENOENT) {
+        check_copied(x, path, e);
+        return;
+    }
     if (!e)
         e = lb_host_access_as(x->d->uid, x->d->gid, path, k->read_only ? R_OK : R_OK | W_OK);
     if (e) {
@@ -352,6 +384,8 @@ static void check_disk(const struct dest *x, const struct lb_disk_desc *k)
     } else if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode) && !S_ISCHR(st.st_mode)) {
         refuse(x->r, "disks", "give the path of an image or a block device",
                "disk %s is not a file or a block device here", path);
+    } else if (copied) {
+        check_copied(x, path, 0);
     } else {
         lb_report_add(x->r, "disks", LB_CHECK_OK, NULL, "%s (%s)", path,
                       k->read_only ? "read only" : "read and write");
@@ -648,6 +682,13 @@ static void check_config(const struct dest *x)
 void lb_preflight_dest(const struct lb_vm_desc *d, const struct lb_host_config *cfg,
                        const char *state_dir, uint64_t peer_wall_ms, struct lb_report *r)
 {
+    lb_preflight_standby(d, cfg, state_dir, peer_wall_ms, NULL, 0, r);
+}
+
+void lb_preflight_standby(const struct lb_vm_desc *d, const struct lb_host_config *cfg,
+                          const char *state_dir, uint64_t peer_wall_ms, const char *const *copied,
+                          unsigned n_copied, struct lb_report *r)
+{
     struct lb_arg_item *items = NULL;
     unsigned n = 0;
     bool qemu = !strcmp(d->hypervisor, "qemu");
@@ -655,7 +696,8 @@ void lb_preflight_dest(const struct lb_vm_desc *d, const struct lb_host_config *
 
     if (qemu) /* other command lines have other rules */
         lb_argv_scan(d->argv, &items, &n);
-    struct dest x = {.d = d, .cfg = cfg, .state_dir = state_dir, .items = items, .n_items = n, .r = r};
+    struct dest x = {.d = d, .cfg = cfg, .state_dir = state_dir, .items = items, .n_items = n,
+                     .copied = copied, .n_copied = n_copied, .r = r};
     check_blockers(d, r);
     check_passthrough(items, n, r);
     check_descriptors(items, n, r);

@@ -36,6 +36,11 @@ void lb_preflight_source(const struct lb_vm_desc *d, struct lb_report *r);
  * source's clock in its Hello, round trip excluded. */
 void lb_preflight_dest(const struct lb_vm_desc *d, const struct lb_host_config *cfg,
                        const char *state_dir, uint64_t peer_wall_ms, struct lb_report *r);
+/* The same for the standby of a protected VM. copied: the source's paths of disks of which a copy is
+ * kept here: they may be missing, and may not be in use. */
+void lb_preflight_standby(const struct lb_vm_desc *d, const struct lb_host_config *cfg,
+                          const char *state_dir, uint64_t peer_wall_ms, const char *const *copied,
+                          unsigned n_copied, struct lb_report *r);
 /* After the receiver was launched: guest-visible CPU features must be a superset. */
 int lb_preflight_features(char *const *source, char *const *dest, struct lb_error *err);
 
