@@ -34,12 +34,21 @@ void lb_tx_init(struct lb_tx *t, const struct lb_session_env *env, const struct 
     pthread_mutex_init(&t->mu, NULL);
 }
 
+void lb_tx_hang_up(struct lb_tx *t)
+{
+    pthread_mutex_lock(&t->mu);
+    t->abort_ctl = NULL;
+    pthread_mutex_unlock(&t->mu);
+    lb_ctl_queue_stop(t->ctl);
+    t->ctl = NULL;
+}
+
 void lb_tx_close(struct lb_tx *t)
 {
     pthread_mutex_lock(&t->mu);
     t->abort_sender = NULL;
-    t->abort_ctl = NULL;
     pthread_mutex_unlock(&t->mu);
+    lb_tx_hang_up(t);
     if (t->watching) {
         uint64_t one = 1;
 
@@ -48,7 +57,6 @@ void lb_tx_close(struct lb_tx *t)
     }
     if (t->watcher_stop >= 0)
         close(t->watcher_stop);
-    lb_ctl_queue_stop(t->ctl);
     lb_sender_free(t->sender);
     lb_chan_close(t->chan);
     lb_hv_detach(t->vm);

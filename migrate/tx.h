@@ -95,6 +95,8 @@ int lb_tx_wait_round(struct lb_tx *t, uint32_t round,
 int lb_tx_explain(struct lb_tx *t, struct lb_error *err);
 /* -1 when somebody wants us to stop. */
 int lb_tx_check_interrupt(struct lb_tx *t, struct lb_error *err);
+/* No message is heard or sent from now on: aborts the channel, joins its reader. */
+void lb_tx_hang_up(struct lb_tx *t);
 /* Joins, closes, detaches from the VM, frees. */
 void lb_tx_close(struct lb_tx *t);
 
