@@ -5,9 +5,9 @@
  *   outside  kernel taps, also vhost and multiqueue. A BPF classifier on the tap's ingress redirects
  *            frames to a tap of ours (hold), released ones re-enter the same port through another (inj):
  *              guest -> vtap ingress -> redirect -> hold -> queue -> write inj -> mark, redirect -> vtap ingress
- *            A second classifier on inj drops everything after the gate's time, in the kernel: a
- *            holder that was stopped for longer than its lease and wakes in the middle of a write
- *            lets nothing out. Kernel objects persist when the holder dies: nothing leaks.
+ *            It drops released frames after the gate's time, in the kernel: a holder that was
+ *            stopped for longer than its lease and wakes in the middle of a write lets nothing
+ *            out. Kernel objects persist when the holder dies: nothing leaks.
  *   inside   everything else QEMU can filter: lb_hv_nic_hold.
  *
  * Frames the network sends to the guest are never touched.
@@ -20,6 +20,9 @@
 
 #include "core/hv.h"
 
+/* Above this many held_bytes the guest has to be stopped until there is less. At twice as many frames stay
+ * in the kernel, which drops them in the end (dropped_packets). */
+#define LB_OUTPUT_LIMIT_BYTES (256u << 20)
 struct lb_output_stats {          /* any thread, any time */
     uint64_t held_packets, held_bytes;         /* now */
     uint64_t oldest_held_ns;                   /* when it came, 0 none */
@@ -53,17 +56,18 @@ void lb_output_gate(struct lb_output *o, uint64_t until_ns);
  * unheld; puts it back when it can and says so. Cheap enough for every epoch (one netlink dump a card
  * at most; may alternate cards). */
 int lb_output_verify(struct lb_output *o, struct lb_error *err);
-/* Guest stopped. Release (or drop) everything held, in order, then remove all of it. */
+/* Guest stopped. Release (or drop) everything held, in order, and hold no more; the guest may run on return.
+ * To release, the gate must be open; -1 without any change when it is not. Our taps go with close. */
 int lb_output_disarm(struct lb_output *o, bool release, struct lb_error *err);
 void lb_output_get_stats(struct lb_output *o, struct lb_output_stats *out);
-/* Readable while the oldest held frame has waited for longer than wait_us since the last mark, for the
- * adaptive interval; -1 when unsupported. */
+/* Has the guest sent anything since the last mark? Any thread; for the adaptive interval. */
 bool lb_output_waiting(struct lb_output *o);
 /* Ends the loop, frees. Armed and not disarmed: the kernel's side stays and holds. NULL is fine. */
 void lb_output_close(struct lb_output *o);
 
 /* Recovery: a holder died and left its taps and filters for this VM. Removes them; frames it had read are lost
- * (TCP sends them again). Guest stopped. None there: success. */
+ * (TCP sends them again). Guest stopped, or dead with vm NULL. None there: success. LB_E_STATE: the holder
+ * lives. Also before a VM runs where it was protected once: taps outlive VMs. */
 int lb_output_clear_stale(const struct lb_vm_ident *ident, struct lb_hv_vm *vm, const char *run_dir,
                           struct lb_error *err);
 /* Failover: send frames (format of lb_output_copy) as if the guest of vm had just sent them. Best effort. */
