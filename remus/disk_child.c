@@ -2,7 +2,9 @@
  *
  * The listening socket is made here and handed over (LISTEN_FDS), so there is nothing to wait for: a
  * client may connect at once, and when the child dies before it accepts, the connection ends. What it
- * says on stderr goes into a memfd: no file is left behind whatever happens. */
+ * says on stderr goes into a memfd: no file is left behind whatever happens. A child whose session dies is
+ * killed, not asked: qemu-nbd forgets a SIGTERM that comes while it starts, and would hold its image for
+ * ever. What was flushed is in the image all the same. */
 #include "remus/disk_internal.h"
 
 #include <errno.h>
@@ -75,7 +77,7 @@ static void exec_child(const struct lb_disk_child_opts *o, int listen_fd, int lo
         _exit(126);
     snprintf(listen_pid, sizeof(listen_pid), "LISTEN_PID=%d", (int)getpid());
     /* the parent may have died before it was asked for */
-    if (prctl(PR_SET_PDEATHSIG, o->death_signal) < 0 || getppid() != parent)
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent)
         _exit(126);
     execve(o->argv[0], (char *const *)o->argv, env);
     dprintf(2, "cannot execute %s: error %d\n", o->argv[0], errno);

@@ -30,7 +30,7 @@ void lb_disk_queue_take(struct lb_disk_queue *q, struct lb_disk_ops *out);
 /* ------------------------------------------------------------ disk_child.c */
 
 /* A server program with a listening unix socket handed to it by the LISTEN_FDS protocol: it can be
- * connected to at once. It dies with the thread that started it. */
+ * connected to at once. SIGKILL when the thread that started it dies. */
 struct lb_disk_child {
     char name[16];
     char socket[108];   /* "" when removed */
@@ -42,7 +42,6 @@ struct lb_disk_child_opts {
     const char *socket;
     uint32_t uid, gid;         /* owner of the socket */
     int pass_fd;               /* becomes LB_DISK_CHILD_FD there; -1 none */
-    int death_signal;          /* when our thread dies */
 };
 #define LB_DISK_CHILD_FD 4
 int lb_disk_child_start(const struct lb_disk_child_opts *opts, struct lb_disk_child *out,

@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <libnbd.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -206,9 +205,8 @@ static int start_server(struct qcow2 *q, const char *run_dir, struct lb_error *e
         return -1;
     const char *const argv[] = {program, "--format=qcow2", "--cache=writeback", "--discard=unmap",
                                 "--shared=1", "--", q->path, NULL};
-    /* SIGTERM: it closes the image as it should when we die */
     struct lb_disk_child_opts o = {.argv = argv, .socket = socket_path, .uid = geteuid(),
-                                   .gid = getegid(), .pass_fd = -1, .death_signal = SIGTERM};
+                                   .gid = getegid(), .pass_fd = -1};
     return lb_disk_child_start(&o, &q->server, err);
 }
 

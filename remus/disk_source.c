@@ -19,7 +19,6 @@
 #include <inttypes.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -145,8 +144,7 @@ static int start_nbdkit(struct lb_disk_source *s, int plugin_end, struct lb_erro
         argv[n++] = sizes[i];
     }
     struct lb_disk_child_opts o = {.argv = argv, .socket = s->socket, .uid = s->opts.uid,
-                                   .gid = s->opts.gid, .pass_fd = plugin_end,
-                                   .death_signal = SIGKILL};
+                                   .gid = s->opts.gid, .pass_fd = plugin_end};
     if (lb_disk_child_start(&o, &s->nbdkit, err) < 0)
         return -1;
     int e = lb_host_access_as(s->opts.uid, s->opts.gid, s->socket, W_OK);
