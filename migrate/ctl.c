@@ -123,8 +123,6 @@ struct node {
 struct lb_ctl_queue {
     /* immutable */
     struct lb_chan *chan;
-    bool (*first)(const Lb__Control *m, void *arg);
-    void *first_arg;
     void (*on_end)(void *arg);
     void *arg;
     pthread_t thread;
@@ -197,16 +195,16 @@ struct lb_ctl_queue *lb_ctl_queue_start(struct lb_chan *c, void (*on_end)(void *
 }
 
 struct lb_ctl_queue *lb_ctl_queue_start_first(struct lb_chan *c,
-                                              bool (*first)(const Lb__Control *m, void *arg),
-                                              void *first_arg, void (*on_end)(void *arg),
+                                              bool (*tap)(const Lb__Control *m, void *arg),
+                                              void *tap_arg, void (*on_end)(void *arg),
                                               void *arg)
 {
     struct lb_ctl_queue *q = lb_alloc(sizeof(*q));
     pthread_condattr_t ca;
 
     q->chan = c;
-    q->first = first;
-    q->first_arg = first_arg;
+    q->tap = tap;
+    q->tap_arg = tap_arg;
     q->on_end = on_end;
     q->arg = arg;
     q->tail = &q->head;

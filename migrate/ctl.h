@@ -27,11 +27,10 @@ void lb_ctl_hello(Lb__Hello *h, const struct lb_host_config *cfg);
  * the channel failed or the peer sent a Failure. */
 struct lb_ctl_queue;
 struct lb_ctl_queue *lb_ctl_queue_start(struct lb_chan *c, void (*on_end)(void *arg), void *arg);
-/* The same; `first` sees every message in the reader thread as it comes. True: it has dealt with
- * it, the message is not queued and freed. */
+/* The same, with lb_ctl_queue_tap from the first message on. */
 struct lb_ctl_queue *lb_ctl_queue_start_first(struct lb_chan *c,
-                                              bool (*first)(const Lb__Control *m, void *arg),
-                                              void *first_arg, void (*on_end)(void *arg),
+                                              bool (*tap)(const Lb__Control *m, void *arg),
+                                              void *tap_arg, void (*on_end)(void *arg),
                                               void *arg);
 /* From now on every message is shown to `tap` in the reader thread first; one for which it returns
  * true is done with (and freed), the others are queued. For what cannot wait for the engine. */
