@@ -228,18 +228,6 @@ static void add_disk(struct look *l, const char *id, const char *path, const cha
                                                    shareable};
 }
 
-static bool is_share_rw(struct look *l, const char *qdev)
-{
-    if (!qdev)
-        return false;
-    LB_AUTO_FREE char *path = qdev[0] == '/' ? lb_strdup(qdev)
-                                             : lb_asprintf("/machine/peripheral/%s", qdev);
-    json_t *j = qom_get(l, path, "share-rw");
-    bool on = json_is_true(j);
-    json_decref(j);
-    return on;
-}
-
 static void look_at_disks(struct look *l)
 {
     bool daemonized = false;
@@ -256,7 +244,7 @@ static void look_at_disks(struct look *l)
             continue;
         const char *lock = strstr(file, "\"locking\": \"off\"");
         add_disk(l, id, file, str(in, "drv"), json_is_true(json_object_get(in, "ro")),
-                 lock || is_share_rw(l, qdev));
+                 lock || lb_qemu_share_rw(l->vm, qdev));
         if (strncmp(file, "json:", 5) != 0 && !on_command_line(l, file))
             block(l, "disk %s (%s): it was attached or changed after the start, so a receiver would "
                      "start without it: restart the VM with it on the command line", id, file);

@@ -21,6 +21,7 @@
  */
 #include "core/qemu/qemu_internal.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -34,6 +35,9 @@
 #include <sys/wait.h>
 
 #define STOP_S 3
+#define SCRATCH_MAX 4096u
+/* the System V ABI lets a function use this much below its stack pointer */
+#define RED_ZONE 128u
 
 #if defined(__x86_64__)
 
@@ -42,6 +46,9 @@ struct lb_injector {
     struct user_regs_struct saved;
     uint64_t sigmask;
     uint64_t insn;      /* address of a syscall instruction */
+    uint64_t scratch;   /* lent memory, 0 none, and what was there */
+    size_t scratch_len;
+    unsigned char kept[SCRATCH_MAX];
     bool dead;
 };
 
@@ -155,8 +162,24 @@ static int setup(struct lb_injector *in, struct lb_error *err)
     return 0;
 }
 
+int lb_inject_scratch(struct lb_injector *in, size_t len, uint64_t *addr, struct lb_error *err)
+{
+    assert(len <= SCRATCH_MAX && !in->scratch);
+    uint64_t at = (in->saved.rsp - RED_ZONE - len) & ~UINT64_C(63);
+    struct iovec to = {in->kept, len}, from = {(void *)at, len};
+    if (process_vm_readv(in->pid, &to, 1, &from, 1, 0) != (ssize_t)len)
+        return lb_fail_errno(err, LB_E_HV, errno, "cannot read the stack of QEMU");
+    in->scratch = *addr = at;
+    in->scratch_len = len;
+    return 0;
+}
+
 static void restore(struct lb_injector *in)
 {
+    if (in->scratch) {
+        struct iovec from = {in->kept, in->scratch_len}, to = {(void *)in->scratch, in->scratch_len};
+        process_vm_writev(in->pid, &from, 1, &to, 1, 0);
+    }
     struct user_regs_struct back = restart_call(&in->saved);
     ptrace(PTRACE_SETSIGMASK, in->pid, (void *)sizeof(in->sigmask), &in->sigmask);
     ptrace(PTRACE_SETREGS, in->pid, NULL, &back);
@@ -268,6 +291,11 @@ int lb_inject_syscall(struct lb_injector *in, long nr, const uint64_t args[6], l
                       struct lb_error *err)
 {
     (void)in, (void)nr, (void)args, (void)ret;
+    return lb_fail(err, LB_E_UNSUPPORTED, "tracing QEMU needs an x86-64 host");
+}
+int lb_inject_scratch(struct lb_injector *in, size_t len, uint64_t *addr, struct lb_error *err)
+{
+    (void)in, (void)len, (void)addr;
     return lb_fail(err, LB_E_UNSUPPORTED, "tracing QEMU needs an x86-64 host");
 }
 

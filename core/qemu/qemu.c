@@ -40,6 +40,9 @@ void lb_qemu_vm_free(struct lb_hv_vm *vm)
     lb_qmp_close(vm->qmp);
     lb_cleanup_fd(&vm->pagemap_fd);
     lb_cleanup_fd(&vm->pidfd);
+    lb_qemu_mirrors_free(vm);
+    lb_qemu_holds_free(vm);
+    free(vm->save_text);
     free(vm->throttle_path);
     free(vm->machine);
     free(vm->qmp_path);
@@ -134,9 +137,23 @@ out:
     return rc;
 }
 
+/* STOP and RESUME come for everybody's commands. Ours are between the sending of "stop" and
+ * the answer to "cont". */
+static void on_event(const char *event, const json_t *data, void *arg)
+{
+    struct lb_hv_vm *vm = arg;
+    if (strcmp(event, "RESUME") == 0)
+        vm->paused_by_others = false;
+    else if (strcmp(event, "STOP") == 0)
+        vm->paused_by_others = !vm->stopped_by_us;
+    else if (strncmp(event, "BLOCK_JOB_", 10) == 0)
+        lb_qemu_mirror_event(vm, event, data);
+}
+
 int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err)
 {
     json_t *ret = NULL;
+    lb_qmp_on_event(vm->qmp, on_event, vm);
     if (lb_qmp_cmd(vm->qmp, "query-version", NULL, &ret, err) < 0)
         return -1;
     json_t *v = json_object_get(ret, "qemu");
@@ -212,8 +229,12 @@ static int blocks(struct lb_hv_vm *vm, const struct lb_ram_block **out, unsigned
 
 static int stop(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    /* "cont" is read by QEMU while it stops */
-    if (lb_qmp_send(vm->qmp, "stop", NULL, -1, "cont", err) < 0 ||
+    if (lb_qmp_drain(vm->qmp, err) < 0)
+        return -1;
+    vm->stopped_by_us = true;
+    /* what follows is read by QEMU while it stops */
+    if (lb_qmp_send(vm->qmp, "stop", NULL, -1, vm->save_text ? vm->save_text : LB_QMP_CONT,
+                    err) < 0 ||
         lb_qmp_wait(vm->qmp, "stop", LB_QMP_SLOW_MS, NULL, err) < 0)
         return -1;
     vm->stop_count++;
@@ -222,7 +243,9 @@ static int stop(struct lb_hv_vm *vm, struct lb_error *err)
 
 static int cont(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    if (lb_qmp_send(vm->qmp, "cont", NULL, -1, vm->base.logging ? "stop" : NULL, err) < 0)
+    if (vm->paused_by_others && !vm->released)
+        return 0; /* somebody paused it before we stopped it, and did not ask for this */
+    if (lb_qmp_send(vm->qmp, "cont", NULL, -1, vm->base.logging ? LB_QMP_STOP : NULL, err) < 0)
         return -1;
     if (lb_qmp_wait(vm->qmp, "cont", LB_QMP_SLOW_MS, NULL, err) < 0) {
         if (err && strstr(err->message, "lock"))
@@ -230,7 +253,8 @@ static int cont(struct lb_hv_vm *vm, struct lb_error *err)
                            "this copy must not");
         return -1;
     }
-    return 0;
+    vm->stopped_by_us = vm->released = false;
+    return lb_qemu_clock_settle(vm, err);
 }
 
 static int log_enable(struct lb_hv_vm *vm, struct lb_error *err)
@@ -281,9 +305,9 @@ static int log_disable(struct lb_hv_vm *vm, struct lb_error *err)
 
 static int checkpoint_mode(struct lb_hv_vm *vm, bool on, struct lb_error *err)
 {
-    (void)err;
-    vm->checkpointing = on;
-    return 0;
+    free(vm->save_text);
+    vm->save_text = NULL;
+    return on ? lb_qemu_save_prepare(vm, err) : 0;
 }
 
 /* Any thread. SIGSTOP is seen by every thread of QEMU at its next return from the kernel; vCPUs
@@ -294,53 +318,6 @@ static int freeze(struct lb_hv_vm *vm, bool on, struct lb_error *err)
         return lb_fail_errno(err, LB_E_HV, errno, "cannot %s process %d", on ? "freeze" : "thaw",
                              (int)vm->proc.pid);
     return 0;
-}
-
-static int not_yet(struct lb_error *err)
-{
-    return lb_fail(err, LB_E_UNSUPPORTED, "not written yet");
-}
-static int nics(struct lb_hv_vm *vm, struct lb_nic **out, unsigned *n, struct lb_error *err)
-{
-    (void)vm, (void)out, (void)n;
-    return not_yet(err);
-}
-static int nic_hold(struct lb_hv_vm *vm, const char *id, int fds[2], struct lb_error *err)
-{
-    (void)vm, (void)id, (void)fds;
-    return not_yet(err);
-}
-static int nic_unhold(struct lb_hv_vm *vm, const char *id, struct lb_error *err)
-{
-    (void)vm, (void)id;
-    return not_yet(err);
-}
-static int disks(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, struct lb_error *err)
-{
-    (void)vm, (void)out, (void)n;
-    return not_yet(err);
-}
-static int disk_mirror(struct lb_hv_vm *vm, const char *id, const char *sock, const char *name,
-                       struct lb_error *err)
-{
-    (void)vm, (void)id, (void)sock, (void)name;
-    return not_yet(err);
-}
-static int disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
-                              struct lb_mirror_status *out, struct lb_error *err)
-{
-    (void)vm, (void)id, (void)poll, (void)out;
-    return not_yet(err);
-}
-static int disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err)
-{
-    (void)vm, (void)id;
-    return not_yet(err);
-}
-static int clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err)
-{
-    (void)vm, (void)step_ns;
-    return not_yet(err);
 }
 
 /* -------------------------------------------------------------------- both */
@@ -431,14 +408,14 @@ const struct lb_hv_ops lb_hv_qemu = {
     .throttle = lb_qemu_throttle,
     .checkpoint_mode = checkpoint_mode,
     .freeze = freeze,
-    .nics = nics,
-    .nic_hold = nic_hold,
-    .nic_unhold = nic_unhold,
-    .disks = disks,
-    .disk_mirror = disk_mirror,
-    .disk_mirror_status = disk_mirror_status,
-    .disk_mirror_end = disk_mirror_end,
-    .clock_step = clock_step,
+    .nics = lb_qemu_nics,
+    .nic_hold = lb_qemu_nic_hold,
+    .nic_unhold = lb_qemu_nic_unhold,
+    .disks = lb_qemu_disks,
+    .disk_mirror = lb_qemu_disk_mirror,
+    .disk_mirror_status = lb_qemu_disk_mirror_status,
+    .disk_mirror_end = lb_qemu_disk_mirror_end,
+    .clock_step = lb_qemu_clock_step,
     .launch = lb_qemu_launch,
     .prepare_ram = lb_qemu_prepare_ram,
     .write = lb_qemu_write,

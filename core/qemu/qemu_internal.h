@@ -12,6 +12,9 @@
  *   cmdline.c     QEMU command lines as a list of options
  *   launch.c      a receiver: derived command line, start, end
  *   throttle.c    less CPU for the guest
+ *   net.c         network cards: what they are connected to; holding what they send
+ *   disk.c        disks, and copying them while they are written
+ *   clock.c       the guest's paravirtual clock (KVM)
  */
 #ifndef LB_QEMU_INTERNAL_H
 #define LB_QEMU_INTERNAL_H
@@ -37,10 +40,14 @@ int lb_qmp_open(const char *path, pid_t expect_pid, int pidfd, uint64_t retry_un
 void lb_qmp_close(struct lb_qmp *q);
 
 /* Send a command; args is the JSON text of its arguments or NULL; pass_fd goes
- * along when >= 0; next is a command without arguments to send all but the last
- * byte of (see qmp.c), or NULL. */
+ * along when >= 0; next is the text (lb_qmp_text) of a command to send ahead (see
+ * qmp.c), or NULL. */
 int lb_qmp_send(struct lb_qmp *q, const char *cmd, const char *args, int pass_fd,
                 const char *next, struct lb_error *err);
+/* A command but for its last byte, as sent ahead. malloc'ed. */
+char *lb_qmp_text(const char *cmd, const char *args);
+#define LB_QMP_CONT "{\"execute\":\"cont\""
+#define LB_QMP_STOP "{\"execute\":\"stop\""
 /* Reply of the oldest command sent and not yet waited for. *ret (may be NULL)
  * is a new reference. */
 int lb_qmp_wait(struct lb_qmp *q, const char *cmd, unsigned timeout_ms, json_t **ret,
@@ -56,6 +63,15 @@ int lb_qmp_wait_migration(struct lb_qmp *q, unsigned timeout_ms, char status[32]
 /* Forget the last MIGRATION event. */
 void lb_qmp_clear_migration(struct lb_qmp *q);
 
+/* Called for every event that is read; data is borrowed and may be NULL. */
+typedef void lb_qmp_event_fn(const char *event, const json_t *data, void *arg);
+void lb_qmp_on_event(struct lb_qmp *q, lb_qmp_event_fn *fn, void *arg);
+/* Wait for the next event of any kind, when no reply is waited for. */
+int lb_qmp_wait_event(struct lb_qmp *q, unsigned timeout_ms, const char *doing,
+                      struct lb_error *err);
+/* Read the events that have come, without waiting and without touching a reply. */
+int lb_qmp_drain(struct lb_qmp *q, struct lb_error *err);
+
 /* ---------------------------------------------------------------- inject.c */
 
 struct lb_injector;
@@ -67,6 +83,9 @@ int lb_inject(pid_t pid, int (*body)(struct lb_injector *in, void *arg, struct l
  * (-errno on failure). */
 int lb_inject_syscall(struct lb_injector *in, long nr, const uint64_t args[6], long *ret,
                       struct lb_error *err);
+/* From body: address of len <= 4096 bytes of QEMU's memory that a call may use; its content is put
+ * back at the end. Once per injection. */
+int lb_inject_scratch(struct lb_injector *in, size_t len, uint64_t *addr, struct lb_error *err);
 
 /* ------------------------------------------------------------- ramblocks.c */
 
@@ -114,7 +133,15 @@ struct lb_hv_vm {
 
     /* engine thread */
     struct lb_qmp *qmp;
-    bool checkpointing;          /* stop, save, cont follow each other: prepared ahead */
+    char *save_text;             /* checkpoint mode: the save, as sent ahead at stop; else NULL */
+    bool stopped_by_us;          /* from before "stop" to the answer to "cont" */
+    bool paused_by_others;       /* by a STOP event that was not ours */
+    bool released;               /* a final save gave the disks up */
+    uint64_t clock_owed_ns;      /* clock.c: to be set forward when the guest continues */
+    struct lb_qemu_hold *holds;  /* net.c */
+    unsigned n_holds;
+    struct lb_qemu_mirror *mirrors; /* disk.c */
+    unsigned n_mirrors;
     uint64_t stop_count;         /* how often the guest was stopped */
     const struct lb_dirty_ops *dirty;   /* chosen at log_enable */
     int uffd;                    /* dirty_uffd.c */
@@ -163,6 +190,8 @@ int lb_qemu_mm_alive(pid_t pid, uint64_t addr, struct lb_error *err);
 int lb_pagemap_read(int fd, uint64_t addr, uint64_t n, uint64_t *words, struct lb_error *err);
 
 /* ----------------------------------------------------------------- state.c */
+/* Checkpoint mode: fills vm->save_text. */
+int lb_qemu_save_prepare(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_qemu_save_begin(struct lb_hv_vm *vm, bool final, struct lb_error *err);
 int lb_qemu_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb_error *err);
 int lb_qemu_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, struct lb_error *err);
@@ -205,6 +234,30 @@ char *lb_qemu_prop_set(const char *value, const char *key, const char *val);
 
 /* -------------------------------------------------------------- throttle.c */
 int lb_qemu_throttle(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err);
+
+/* ------------------------------------------------------------------- net.c */
+int lb_qemu_nics(struct lb_hv_vm *vm, struct lb_nic **out, unsigned *n, struct lb_error *err);
+int lb_qemu_nic_hold(struct lb_hv_vm *vm, const char *id, int fds[2], struct lb_error *err);
+int lb_qemu_nic_unhold(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+void lb_qemu_holds_free(struct lb_hv_vm *vm);
+
+/* ------------------------------------------------------------------ disk.c */
+int lb_qemu_disks(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, struct lb_error *err);
+int lb_qemu_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_socket,
+                        const char *export_name, struct lb_error *err);
+int lb_qemu_disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
+                               struct lb_mirror_status *out, struct lb_error *err);
+int lb_qemu_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+/* A BLOCK_JOB_* event. */
+void lb_qemu_mirror_event(struct lb_hv_vm *vm, const char *event, const json_t *data);
+void lb_qemu_mirrors_free(struct lb_hv_vm *vm);
+/* Does the device say that others may write its disk too? qdev: QOM path or id, may be NULL. */
+bool lb_qemu_share_rw(struct lb_hv_vm *vm, const char *qdev);
+
+/* ----------------------------------------------------------------- clock.c */
+int lb_qemu_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err);
+/* What steps asked for while the guest was stopped: cont sets the clock to what it was. */
+int lb_qemu_clock_settle(struct lb_hv_vm *vm, struct lb_error *err);
 
 /* ------------------------------------------------------------------ qemu.c */
 struct lb_hv_vm *lb_qemu_vm_new(const char *name);

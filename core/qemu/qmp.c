@@ -6,8 +6,8 @@
  *   - short JSON: no spaces, no ids;
  *   - capability "oob", which moves the reading to a thread of its own that
  *     goes on while the main thread executes a command;
- *   - a command without arguments can be sent ahead without its final '}'
- *     (`next` of lb_qmp_send); the '}' alone then triggers it:
+ *   - a command can be sent ahead without its final '}' (`next` of lb_qmp_send); the
+ *     '}' alone then triggers it:
  *
  *        we:    {"execute":"stop"}{"execute":"cont"          }
  *        QEMU:            [ stops.. ][ reads meanwhile ]      [ continues
@@ -19,6 +19,8 @@
  * Replies come in the order of the commands.  A command given up on (deadline,
  * or spoilt) owes a reply that is skipped when it comes.  Every wait has a
  * deadline and watches QEMU's pidfd.
+ *
+ * Events go to the handler as they are read: in every wait, and by lb_qmp_drain.
  */
 #include "core/qemu/qemu_internal.h"
 
@@ -42,8 +44,10 @@ struct lb_qmp {
     char *rx;
     size_t rx_len, rx_scanned, rx_cap;
     unsigned owed;       /* replies to skip */
-    const char *pending; /* command sent but for its last byte */
+    char *pending;       /* text sent ahead: a command but for its last byte; or NULL */
     char migration[32];  /* last MIGRATION event */
+    lb_qmp_event_fn *on_event;
+    void *on_event_arg;
 };
 
 bool lb_qemu_dead(int pidfd)
@@ -124,10 +128,38 @@ static int read_line(struct lb_qmp *q, uint64_t deadline_ns, const char *doing, 
 
 static void note_event(struct lb_qmp *q, const char *event, const json_t *obj)
 {
-    if (strcmp(event, "MIGRATION") != 0)
-        return;
-    const char *status = json_string_value(json_object_get(json_object_get(obj, "data"), "status"));
-    snprintf(q->migration, sizeof(q->migration), "%s", status ? status : "");
+    const json_t *data = json_object_get(obj, "data");
+    if (strcmp(event, "MIGRATION") == 0) {
+        const char *status = json_string_value(json_object_get(data, "status"));
+        snprintf(q->migration, sizeof(q->migration), "%s", status ? status : "");
+    } else if (q->on_event) {
+        q->on_event(event, data, q->on_event_arg);
+    }
+}
+
+static int fail_not_qmp(struct lb_qmp *q, struct lb_error *err)
+{
+    lb_fail(err, LB_E_HV, "QEMU's monitor %s sent something else than QMP", q->path);
+    return lb_remedy(err, "give --qmp of a monitor in control mode (-qmp unix:PATH,server,nowait)");
+}
+
+/* The line of `len` bytes at the head of rx as an object, or NULL. */
+static json_t *parse_line(struct lb_qmp *q, size_t len, struct lb_error *err)
+{
+    json_error_t je;
+    json_t *obj = json_loadb(q->rx, len, JSON_ALLOW_NUL, &je);
+    if (json_is_object(obj))
+        return obj;
+    json_decref(obj);
+    fail_not_qmp(q, err);
+    return NULL;
+}
+
+static void drop_line(struct lb_qmp *q, size_t len)
+{
+    q->rx_len -= len;
+    q->rx_scanned = 0;
+    memmove(q->rx, q->rx + len, q->rx_len);
 }
 
 /* Next object that is not an event (or also events when want_event); new reference. */
@@ -139,17 +171,10 @@ static json_t *read_object(struct lb_qmp *q, uint64_t deadline_ns, const char *d
         size_t len = 0;
         if (read_line(q, deadline_ns, doing, &line, &len, err) < 0)
             return NULL;
-        json_error_t je;
-        json_t *obj = json_loadb(line, len, JSON_ALLOW_NUL, &je);
-        q->rx_len -= len;
-        q->rx_scanned = 0;
-        memmove(q->rx, q->rx + len, q->rx_len);
-        if (!json_is_object(obj)) {
-            json_decref(obj);
-            lb_fail(err, LB_E_HV, "QEMU's monitor %s sent something else than QMP", q->path);
-            lb_remedy(err, "give --qmp of a monitor in control mode (-qmp unix:PATH,server,nowait)");
+        json_t *obj = parse_line(q, len, err);
+        drop_line(q, len);
+        if (!obj)
             return NULL;
-        }
         const char *event = json_string_value(json_object_get(obj, "event"));
         if (!event)
             return obj;
@@ -158,6 +183,56 @@ static json_t *read_object(struct lb_qmp *q, uint64_t deadline_ns, const char *d
             return obj;
         json_decref(obj);
     }
+}
+
+int lb_qmp_drain(struct lb_qmp *q, struct lb_error *err)
+{
+    for (;;) {
+        char *line = NULL;
+        size_t len = 0;
+        /* a deadline in the past: what is there already, and no error for nothing */
+        struct lb_error why = LB_ERROR_INIT;
+        struct pollfd p = {.fd = q->fd, .events = POLLIN};
+        if (!memchr(q->rx, '\n', q->rx_len) && poll(&p, 1, 0) <= 0)
+            return 0;
+        if (read_line(q, 0, "nothing", &line, &len, &why) < 0) {
+            if (poll(&p, 1, 0) <= 0)
+                return 0; /* the rest of a line is on its way */
+            if (err)
+                *err = why;
+            return -1;
+        }
+        json_t *obj = parse_line(q, len, err);
+        if (!obj)
+            return -1;
+        const char *event = json_string_value(json_object_get(obj, "event"));
+        bool skip = !event && q->owed > 0;
+        if (event)
+            note_event(q, event, obj);
+        q->owed -= skip;
+        json_decref(obj);
+        if (!event && !skip)
+            return 0; /* a reply that somebody will wait for */
+        drop_line(q, len);
+    }
+}
+
+int lb_qmp_wait_event(struct lb_qmp *q, unsigned timeout_ms, const char *doing,
+                      struct lb_error *err)
+{
+    json_t *obj = read_object(q, lb_now_ns() + (uint64_t)timeout_ms * 1000000, doing, true, err);
+    if (!obj)
+        return -1;
+    if (!json_object_get(obj, "event") && q->owed > 0)
+        q->owed--;
+    json_decref(obj);
+    return 0;
+}
+
+void lb_qmp_on_event(struct lb_qmp *q, lb_qmp_event_fn *fn, void *arg)
+{
+    q->on_event = fn;
+    q->on_event_arg = arg;
 }
 
 static int send_bytes(struct lb_qmp *q, const char *buf, size_t len, int pass_fd,
@@ -195,22 +270,27 @@ static int send_bytes(struct lb_qmp *q, const char *buf, size_t len, int pass_fd
     return 0;
 }
 
+char *lb_qmp_text(const char *cmd, const char *args)
+{
+    return lb_asprintf("{\"execute\":\"%s\"%s%s", cmd, args ? ",\"arguments\":" : "",
+                       args ? args : "");
+}
+
 int lb_qmp_send(struct lb_qmp *q, const char *cmd, const char *args, int pass_fd,
                 const char *next, struct lb_error *err)
 {
-    LB_AUTO_FREE char *text = NULL;
-    bool trigger = q->pending && !args && strcmp(q->pending, cmd) == 0;
+    LB_AUTO_FREE char *text = lb_qmp_text(cmd, args);
+    bool trigger = q->pending && strcmp(q->pending, text) == 0;
     const char *spoil = "";
     if (q->pending && !trigger) {
         spoil = ",\"x\":0}";
         q->owed++;
     }
-    text = lb_asprintf("%s%s%s%s%s%s}%s%s%s", spoil, trigger ? "" : "{\"execute\":\"",
-                       trigger ? "" : cmd, trigger ? "" : "\"", args ? ",\"arguments\":" : "",
-                       args ? args : "", next ? "{\"execute\":\"" : "", next ? next : "",
-                       next ? "\"" : "");
-    q->pending = next;
-    return send_bytes(q, text, strlen(text), pass_fd, cmd, err);
+    LB_AUTO_FREE char *bytes = lb_asprintf("%s%s}%s", spoil, trigger ? "" : text,
+                                           next ? next : "");
+    free(q->pending);
+    q->pending = lb_strdup(next);
+    return send_bytes(q, bytes, strlen(bytes), pass_fd, cmd, err);
 }
 
 int lb_qmp_wait(struct lb_qmp *q, const char *cmd, unsigned timeout_ms, json_t **ret,
@@ -272,14 +352,10 @@ int lb_qmp_wait_migration(struct lb_qmp *q, unsigned timeout_ms, char status[32]
                           struct lb_error *err)
 {
     uint64_t deadline = lb_now_ns() + (uint64_t)timeout_ms * 1000000;
-    while (strcmp(q->migration, "completed") != 0 && strcmp(q->migration, "failed") != 0) {
-        json_t *obj = read_object(q, deadline, "the load of the device state", true, err);
-        if (!obj)
+    while (strcmp(q->migration, "completed") != 0 && strcmp(q->migration, "failed") != 0)
+        if (lb_qmp_wait_event(q, (unsigned)left_ms(deadline), "the load of the device state",
+                              err) < 0)
             return -1;
-        if (!json_object_get(obj, "event") && q->owed > 0)
-            q->owed--;
-        json_decref(obj);
-    }
     memcpy(status, q->migration, sizeof(q->migration));
     return 0;
 }
@@ -384,6 +460,7 @@ void lb_qmp_close(struct lb_qmp *q)
     if (!q)
         return;
     close(q->fd); /* QEMU drops a pending command with the connection */
+    free(q->pending);
     free(q->path);
     free(q->rx);
     free(q);

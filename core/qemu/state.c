@@ -68,16 +68,32 @@ void lb_qemu_state_close(struct lb_hv_vm *vm)
     vm->state_fd = vm->state_wfd = -1;
 }
 
+static void save_args(char out[80], const struct lb_hv_vm *vm, bool final)
+{
+    snprintf(out, 80, "{\"filename\":\"/dev/fdset/%d\",\"live\":%s}", vm->fdset,
+             final ? "true" : "false");
+}
+
+int lb_qemu_save_prepare(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    char args[80];
+    if (vm->fdset < 0 && open_fdset(vm, err) < 0)
+        return -1;
+    save_args(args, vm, false);
+    vm->save_text = lb_qmp_text("xen-save-devices-state", args);
+    return 0;
+}
+
 int lb_qemu_save_begin(struct lb_hv_vm *vm, bool final, struct lb_error *err)
 {
+    char args[80];
     if (vm->fdset < 0 && open_fdset(vm, err) < 0)
         return -1;
     if (lseek(vm->state_wfd, 0, SEEK_SET) < 0)
         return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot rewind a memory file");
-    char args[80];
-    snprintf(args, sizeof(args), "{\"filename\":\"/dev/fdset/%d\",\"live\":%s}", vm->fdset,
-             final ? "true" : "false");
-    return lb_qmp_send(vm->qmp, "xen-save-devices-state", args, -1, "cont", err);
+    save_args(args, vm, final);
+    vm->released |= final;
+    return lb_qmp_send(vm->qmp, "xen-save-devices-state", args, -1, LB_QMP_CONT, err);
 }
 
 int lb_qemu_save_end(struct lb_hv_vm *vm, void **buf, size_t *len, struct lb_error *err)
@@ -136,7 +152,7 @@ static int load(struct lb_hv_vm *vm, int fd, struct lb_error *err)
     lb_qmp_clear_migration(vm->qmp);
     if (lb_qmp_send(vm->qmp, "getfd", "{\"fdname\":\"lb\"}", fd, NULL, err) < 0 ||
         lb_qmp_wait(vm->qmp, "getfd", LB_QMP_MS, NULL, err) < 0 ||
-        lb_qmp_send(vm->qmp, "migrate-incoming", "{\"uri\":\"fd:lb\"}", -1, "cont", err) < 0 ||
+        lb_qmp_send(vm->qmp, "migrate-incoming", "{\"uri\":\"fd:lb\"}", -1, LB_QMP_CONT, err) < 0 ||
         lb_qmp_wait(vm->qmp, "migrate-incoming", LB_QMP_SLOW_MS, NULL, err) < 0 ||
         lb_qmp_wait_migration(vm->qmp, LB_QMP_SLOW_MS, status, err) < 0)
         return -1;
