@@ -12,6 +12,21 @@
  * The text before the colon chooses the implementation (lb_witness_open). Calls block at most until
  * their deadline and may be made from any thread; the implementation runs its own loop. Several
  * URLs are asked at the same time and the first definite answer counts: claims are idempotent by nonce.
+ *
+ * What the key of etcd says (JSON), and who may do what with it:
+ *
+ *   state      owner        written by                     arm by another host
+ *   armed      the primary  lb_witness_arm                 refused: it is protected there
+ *   alone      the primary  its claim, revision as armed   allowed: that protection is over
+ *   promoted   the backup   its claim, revision as armed   refused: it runs there
+ *   ended      who ended it lb_witness_disarm              allowed
+ *
+ * The owner may always arm it again. A claim succeeds at the revision of its record alone, and every
+ * write makes a new revision: after A -> B (promoted) and B -> C (armed, owner B) A can neither claim nor arm.
+ * Keys are never deleted by us: a missing one means that the witness lost its memory.
+ *
+ * fence and manual have no memory. A claim asks them to act (again) or rests on a person's word, so
+ * recovery after a crash asks the other host first and claims only when it does not run the VM.
  */
 #ifndef LB_WITNESS_H
 #define LB_WITNESS_H
@@ -36,7 +51,8 @@ struct lb_witness_state {       /* what the key says */
 };
 
 struct lb_witness;
-/* Parses the spec, starts the loop; nothing is asked yet. LB_E_USAGE with a remedy for a bad spec. */
+/* Parses the spec, resolves names (once: a failover must not wait for DNS), starts the loop; waits for
+ * no answer. LB_E_USAGE with a remedy for a bad spec, LB_E_NET when no name can be resolved. */
 int lb_witness_open(const char *spec, enum lb_side side, const char *self_key,
                     const char *peer_name, struct lb_witness **out, struct lb_error *err);
 void lb_witness_close(struct lb_witness *w); /* NULL is fine */
@@ -47,15 +63,17 @@ bool lb_witness_automatic(const struct lb_witness *w);
 /* The key of a VM: from its uuid, or from the protection's id when it has none. */
 void lb_witness_key(char out[160], const char *vm_name, const char *uuid, const char *id);
 
-/* Primary: put the key (owner: self, nonce: r->id), whatever it said before, unless another host
- * owns it and the VM is known to run there: that is LB_E_STATE with its name (a stale key of an
- * ended protection is overwritten: r->detail explains). Fills r->revision. */
+/* Primary: put the key (owner: self, nonce: r->id), whatever it said before, unless it says that another
+ * host protects the VM or took it over: LB_E_STATE with the remedy. Fills r->revision. */
 int lb_witness_arm(struct lb_witness *w, struct lb_remus_record *r, uint64_t deadline_ns,
                    struct lb_error *err);
-/* Either side. r->nonce must be set (fresh, and saved) before. For UNREACHABLE *err says why. */
+/* Either side. r->nonce must be set (fresh, and saved) before. For UNREACHABLE and LOST *err says why.
+ * A record that was never armed (revision 0) and a key that is gone are UNREACHABLE: neither side may conclude
+ * anything. UNREACHABLE is no refusal: the claim may have been won, and may still be. */
 enum lb_claim lb_witness_claim(struct lb_witness *w, const struct lb_remus_record *r,
                                uint64_t deadline_ns, struct lb_error *err);
-/* Remove our key when it is still ours: after unprotect. */
+/* The protection of r->id ended here: the key is kept and says so, when it is still ours. A host that
+ * comes back with an old record loses its claim. The record must be gone or "alone" before. */
 int lb_witness_disarm(struct lb_witness *w, const struct lb_remus_record *r, uint64_t deadline_ns,
                       struct lb_error *err);
 int lb_witness_read(struct lb_witness *w, const char *key, struct lb_witness_state *out,

@@ -9,9 +9,9 @@ build="gcc make pkg-config libc6-dev libevent-dev libzstd-dev libsodium-dev libp
  protobuf-c-compiler libjansson-dev libxxhash-dev libssl-dev libnbd-dev nbdkit-plugin-dev"
 unit="libcmocka-dev perl"
 guest="bash binutils xz-utils busybox-static qemu-system-x86 qemu-utils nbdkit python3 iproute2 procps"
-check="mandoc"
-demo="gnuplot-nox"
-bench="gnuplot-nox"
+check="mandoc etcd-server"
+demo="gnuplot-nox etcd-server"
+bench="gnuplot-nox etcd-server"
 
 say=
 [ "${1:-}" != --say ] || { say=1; shift; }
