@@ -103,10 +103,10 @@ void lb_rx_wake(void *arg)
     pthread_mutex_unlock(&r->mu);
 }
 
-int lb_rx_listen(struct lb_rx *r, bool (*first)(const Lb__Control *m, void *arg), void *arg,
+int lb_rx_listen(struct lb_rx *r, bool (*tap)(const Lb__Control *m, void *arg), void *arg,
                  struct lb_error *err)
 {
-    r->ctl = lb_ctl_queue_start_first(r->chan, first, arg, lb_rx_wake, r);
+    r->ctl = lb_ctl_queue_start_first(r->chan, tap, arg, lb_rx_wake, r);
     return r->ctl ? 0 : lb_fail(err, LB_E_INTERNAL, "cannot start a thread");
 }
 
@@ -502,17 +502,21 @@ static bool may_discard(const struct lb_rx *r)
                               now.state != LB_J_RUNNING);
 }
 
-void lb_rx_discard(struct lb_rx *r)
+bool lb_rx_discard(struct lb_rx *r)
 {
     struct lb_error e = LB_ERROR_INIT;
 
     lb_receiver_free(LB_STEAL_PTR(r->recv)); /* its workers write to the memory */
     if (!may_discard(r))
-        return;
+        return false;
     if (r->vm)
         lb_hv_destroy(LB_STEAL_PTR(r->vm), NULL); /* the next makes sure */
-    if (r->registered && lb_receiver_discard(r->env, &r->entry, &e))
-        lb_log_error(LB_LOG_ERROR, &e);
+    if (!r->registered)
+        return false;
+    if (!lb_receiver_discard(r->env, &r->entry, &e))
+        return true;
+    lb_log_error(LB_LOG_ERROR, &e);
+    return false;
 }
 
 void lb_rx_close(struct lb_rx *r)

@@ -54,8 +54,8 @@ int lb_rx_open(struct lb_rx *r, const struct lb_session_env *env, struct lb_chan
 /* Locks the VM's name unless refused or a dry run, and sends the report. */
 int lb_rx_decide(struct lb_rx *r, const struct lb_report *rep, bool *proceed,
                  struct lb_error *err);
-/* Starts ctl; its end wakes the engine. first: see lb_ctl_queue_start_first, or NULL. */
-int lb_rx_listen(struct lb_rx *r, bool (*first)(const Lb__Control *m, void *arg), void *arg,
+/* Starts ctl; its end wakes the engine. tap: see lb_ctl_queue_tap, or NULL. */
+int lb_rx_listen(struct lb_rx *r, bool (*tap)(const Lb__Control *m, void *arg), void *arg,
                  struct lb_error *err);
 /* The registry entry in that state and the journal PREPARED: a receiver may be there. */
 int lb_rx_register(struct lb_rx *r, enum lb_vm_state state, struct lb_error *err);
@@ -77,9 +77,9 @@ int lb_rx_receive(struct lb_rx *r, int (*tick)(void *arg, struct lb_error *err),
 void lb_rx_wake(void *arg);
 unsigned lb_rx_events(struct lb_rx *r);
 void lb_rx_wait(struct lb_rx *r, unsigned seen, uint64_t until_ns);
-/* It will never run here: receiver and entry are removed, the token refused for ever. Does nothing when
- * the journal says, or may say, RUNNING. */
-void lb_rx_discard(struct lb_rx *r);
+/* It will never run here: receiver and entry are removed, the token refused for ever. False when that
+ * was not done: nothing was registered, or the journal says, or may say, RUNNING. */
+bool lb_rx_discard(struct lb_rx *r);
 void lb_rx_close(struct lb_rx *r);
 
 #endif

@@ -150,6 +150,7 @@ static int begin_record(struct lb_bk *b, struct lb_error *err)
     lb_key_format(b->rec.peer_key, lb_chan_peer_key(r->chan));
     snprintf(b->rec.witness, sizeof(b->rec.witness), "%s", b->wish.opts.witness);
     snprintf(b->rec.key, sizeof(b->rec.key), "%s", b->spec->witness_key);
+    lb_bk_forget(r->env->state_dir, r->entry.name); /* of a VM that is not here any more */
     if (lb_record_move(r->env->state_dir, r->entry.name, &b->rec, LB_PH_RECEIVING, err))
         return -1;
     return lb_wish_save(r->env->state_dir, r->entry.name, &b->wish, err);
@@ -369,8 +370,8 @@ static void forget(struct lb_bk *b)
     for (unsigned i = 0; i < b->n_targets; i++)
         lb_disk_target_close(b->targets[i], NULL);
     free(b->targets);
-    if (b->sm.state != BK_PROMOTED)
-        lb_rx_discard(&b->rx);
+    if (b->sm.state != BK_PROMOTED && lb_rx_discard(&b->rx))
+        lb_bk_forget(b->rx.env->state_dir, b->rx.entry.name);
     lb_rx_close(&b->rx);
     lb_witness_close(b->witness);
     pthread_mutex_destroy(&b->mu);

@@ -106,6 +106,8 @@ int lb_bk_load(struct lb_bk *b, struct lb_error *err);
 int lb_bk_claim(struct lb_bk *b, uint64_t since_ns, struct lb_error *err);
 
 /* --- recover.c */
+/* No record and no wish of a VM that is not here. */
+void lb_bk_forget(const char *state_dir, const char *vm);
 /* The registry, history and the wish after a failover; the record is gone afterwards. */
 void lb_bk_settle(const struct lb_session_env *env, struct lb_vm_entry *e, struct lb_remus_record *rec,
                   double took_ms);

@@ -185,25 +185,24 @@ static void retract(struct lb_bk *b, const char *why)
         lb_log_error(LB_LOG_ERROR, &e);
 }
 
-/* It is ours. When it neither runs nor dies the rest is left to recovery. */
+/* It is ours. A guest that runs already, because only the answer was lost, is told so again. When it
+ * neither runs nor dies the rest is left to recovery. */
 static int run(struct lb_bk *b, struct lb_error *err)
 {
     struct lb_vm_ident id = lb_entry_ident(&b->rx.entry);
     uint64_t until = lb_now_ns() + RUN_NS;
     struct lb_error why = LB_ERROR_INIT;
-    bool alive, running;
 
     while (lb_hv_run(b->rx.vm, &why)) {
+        bool alive = lb_hv_exists(b->rx.env->hv, &id);
+
         lb_log_error(LB_LOG_WARN, &why);
-        if (lb_hv_exists(b->rx.env->hv, &id) &&
-            !lb_hv_status(b->rx.vm, &alive, &running, NULL) && running)
-            return 0; /* only the answer was lost */
-        if (!lb_hv_exists(b->rx.env->hv, &id))
-            retract(b, why.message);
-        else if (lb_now_ns() < until) {
+        if (alive && lb_now_ns() < until) {
             lb_sleep_ms(20);
             continue;
         }
+        if (!alive)
+            retract(b, why.message);
         if (err)
             *err = why;
         return lb_context(err, "the VM was taken over and does not run");

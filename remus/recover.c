@@ -77,6 +77,14 @@ static void history(const struct lb_session_env *env, const struct lb_vm_entry *
 
 /* ------------------------------------------------------------ a failover has happened */
 
+void lb_bk_forget(const char *state_dir, const char *vm)
+{
+    struct lb_error err = LB_ERROR_INIT;
+
+    if (lb_record_remove(state_dir, vm, &err) || lb_wish_remove(state_dir, vm, &err))
+        lb_log_error(LB_LOG_WARN, &err);
+}
+
 /* In the order in which a crash does no harm: a record without an entry that says RUNNING is
  * finished by recovery, an entry that says so without a record is as any other VM. */
 void lb_bk_settle(const struct lb_session_env *env, struct lb_vm_entry *e, struct lb_remus_record *rec,
@@ -268,6 +276,12 @@ static int clear_leftovers(struct rc *r, struct lb_error *err)
 
 static int dead(struct rc *r, const char *why, struct lb_error *err)
 {
+    LB_AUTO_FREE char *run_dir = lb_vm_dir(r->env->state_dir, r->e.name, false);
+    struct lb_vm_ident id = lb_entry_ident(&r->e);
+    struct lb_error e = LB_ERROR_INIT;
+
+    if (lb_output_clear_stale(&id, NULL, run_dir, &e))
+        lb_log_error(LB_LOG_WARN, &e);
     say(r, "its process is gone; %s", why);
     r->e.state = LB_VM_DEAD;
     snprintf(r->e.note, sizeof(r->e.note), "its process is gone");
@@ -301,20 +315,24 @@ static int go_on(struct rc *r, const char *why, struct lb_error *err)
 static int beaten(struct rc *r, struct lb_error *err)
 {
     const char *dir = r->env->state_dir;
+    LB_AUTO_FREE char *run_dir = lb_vm_dir(dir, r->e.name, false);
     struct lb_vm_ident id = lb_entry_ident(&r->e);
     struct lb_error why = LB_ERROR_INIT;
 
     if (lb_record_move(dir, r->e.name, &r->rec, LB_PH_FENCED, err))
         return -1;
-    /* Its output is held to the end; what holds it goes with the VM, or is found again. */
-    if (exists(r) && (attach_stopped(r, &why) || clear_leftovers(r, &why)))
-        lb_log_error(LB_LOG_WARN, &why);
     lb_hv_detach(LB_STEAL_PTR(r->vm));
     if (r->e.proc.pid > 0 && lb_hv_end(r->env->hv, &id, err))
         return -1;
+    /* Only now: its output was held to the end. */
+    if (lb_output_clear_stale(&id, NULL, run_dir, &why))
+        lb_log_error(LB_LOG_WARN, &why);
     say(r, "host %s took it over; the copy here was removed", r->rec.peer);
     history(r->env, &r->e, r->rec.peer, "failed-over", r->rec.changed_ms, 0, "moved");
-    return lb_vm_entry_remove(dir, r->e.name, err);
+    if (lb_vm_entry_remove(dir, r->e.name, err))
+        return -1;
+    lb_bk_forget(dir, r->e.name);
+    return 0;
 }
 
 static int undecided(struct rc *r, bool gone, struct lb_error *err)
@@ -382,6 +400,7 @@ static int discard(struct rc *r, struct lb_error *err)
 {
     if (lb_receiver_discard(r->env, &r->e, err))
         return -1;
+    lb_bk_forget(r->env->state_dir, r->e.name);
     say(r, "an unfinished standby was removed; it stays on host %s", r->rec.peer);
     return 0;
 }
