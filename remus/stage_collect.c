@@ -274,13 +274,12 @@ static int bad(struct lb_collector *c, const char *why, struct lb_error *err)
 static int mark_seen(struct lb_collector *c, const struct lb_record *r, struct lb_error *err)
 {
     struct lb_bitmap *seen = &c->seen[r->block_id];
-    uint64_t first, n;
 
     for (uint32_t i = 0; i < r->n_runs; i++) {
         const struct lb_page_run *p = &r->runs[i];
-        if (lb_bitmap_next_run(seen, p->first, 1, &first, &n) &&
-            first < (uint64_t)p->first + p->count)
-            return bad(c, "a page comes twice", err);
+        for (uint64_t page = p->first; page < (uint64_t)p->first + p->count; page++)
+            if (lb_bitmap_test(seen, page))
+                return bad(c, "a page comes twice", err);
         if (grow(&c->runs, &c->cap_runs, c->n_runs + 1, sizeof(*c->runs), err) < 0)
             return -1;
         c->runs[c->n_runs++] = (struct run){r->block_id, p->first, p->count, NULL};
@@ -546,7 +545,7 @@ static int write_run(struct lb_collector *c, const struct run *r, struct lb_erro
     }
     if (r->data)
         return lb_hv_write(c->vm, blk, r->first, r->count, r->data, err);
-    memset(c->scratch, 0, LB_REC_MAX_PAYLOAD);
+    memset(c->scratch, 0, LB_MIN(r->count, LB_REC_MAX_PAGES) * (size_t)LB_PAGE_SIZE);
     for (uint64_t at = 0, n; at < r->count; at += n) {
         n = LB_MIN(r->count - at, (uint64_t)LB_REC_MAX_PAGES);
         if (lb_hv_write(c->vm, blk, r->first + at, n, c->scratch, err) < 0)

@@ -33,6 +33,9 @@ static void fill_random(uint8_t *p, size_t len)
     }
 }
 
+/* cmocka's own comparison looks at one octet at a time. */
+#define assert_same(a, b, len) assert_int_equal(memcmp(a, b, len), 0)
+
 static uint8_t *pages_new(size_t n)
 {
     uint8_t *p = mmap(NULL, n * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -276,9 +279,8 @@ static void pair_open(struct pair *p, uint64_t cache_bytes, enum lb_cipher ciphe
         p->disk_model[i] = calloc(1, DISK_BYTES);
     }
     p->state_len = 50001;
-    p->state = malloc(3 << 20);
-    fill_random(p->state, 100000);
-    memset(p->state + 100000, 0x5c, (3 << 20) - 100000);
+    p->state = calloc(1, 3 << 20);
+    fill_random(p->state, 20000);
     connect_pair(p, cipher);
     assert_int_equal(lb_encoder_new(p->blocks, 3, cache_bytes, &p->enc, NULL), 0);
     collector_new(p);
@@ -396,8 +398,8 @@ static int receive(struct pair *p, struct lb_error *err)
 
 static void check_memory(struct pair *p)
 {
-    assert_memory_equal(p->primary.ram, p->standby.ram, RAM_PAGES * PAGE);
-    assert_memory_equal(p->primary.vram, p->standby.vram, VRAM_PAGES * PAGE);
+    assert_same(p->primary.ram, p->standby.ram, RAM_PAGES * PAGE);
+    assert_same(p->primary.vram, p->standby.vram, VRAM_PAGES * PAGE);
 }
 
 static void check_rest(struct pair *p)
@@ -407,12 +409,12 @@ static void check_rest(struct pair *p)
 
     lb_collector_state(p->col, &state, &len, &frames, &frames_len);
     assert_int_equal(len, p->epoch.state_len);
-    assert_memory_equal(state, p->epoch.state, len);
+    assert_same(state, p->epoch.state, len);
     assert_int_equal(frames_len, p->epoch.frames_len);
     if (frames_len > 0)
-        assert_memory_equal(frames, p->epoch.frames, frames_len);
+        assert_same(frames, p->epoch.frames, frames_len);
     for (unsigned i = 0; i < N_DISKS; i++) {
-        assert_memory_equal(p->disks[i]->image, p->disk_model[i], DISK_BYTES);
+        assert_same(p->disks[i]->image, p->disk_model[i], DISK_BYTES);
         assert_int_equal(p->disks[i]->unflushed, 0);
     }
     assert_int_equal(lb_collector_bytes(p->col), 0);
@@ -506,7 +508,7 @@ static void first_copy_of_disks(void **state)
     assert_int_equal(lb_bulk_flush(p.tx, &err), 0);
     assert_int_equal(lb_collector_recv(p.col, p.rx, lb_now_ns() + 20000000, &number, &err), 0);
     for (unsigned i = 0; i < N_DISKS; i++)
-        assert_memory_equal(p.disks[i]->image, p.disk_model[i], DISK_BYTES);
+        assert_same(p.disks[i]->image, p.disk_model[i], DISK_BYTES);
     assert_int_equal(p.disks[1]->applied, 3);
     assert_int_equal(p.disks[0]->flushes + p.disks[1]->flushes, 0);
     run_epoch(&p, 1, 10); /* durable with the first epoch */
@@ -549,6 +551,339 @@ static void deadlines_lose_nothing(void **state)
     pair_close(&p);
 }
 
+/* ------------------------------------------------------------- damage on the way */
+
+/* A first epoch is applied, a second one is held up in the hose: differences, a plain page, zeros, a disk
+ * operation, frames, device state. */
+static void hold_epoch(struct pair *p, enum lb_cipher cipher)
+{
+    pair_open(p, UINT64_C(1) << 30, cipher);
+    p->state_len = 300;
+    for (unsigned i = 0; i < 4; i++)
+        guest_writes(p, 0, i * 2, 3);
+    capture(p, 1);
+    assert_int_equal(lb_encoder_send(p->enc, p->tx, &p->epoch, NULL), 0);
+    assert_int_equal(receive(p, NULL), 1);
+    assert_int_equal(lb_collector_apply(p->col, NULL), 0);
+    guest_writes(p, 0, 2, 5);
+    guest_writes(p, 0, 6, 5);
+    guest_writes(p, 0, 50, 3);
+    guest_writes(p, 2, 7, 1);
+    p->state[5] ^= 9;
+    capture(p, 2);
+    ops_add(&p->epoch.disk, 1, 512, 512, 3);
+    p->epoch.frames = lb_strdup("frames");
+    p->epoch.frames_len = 6;
+    p->hose.hold = true;
+    assert_int_equal(lb_encoder_send(p->enc, p->tx, &p->epoch, NULL), 0);
+    p->hose.hold = false;
+}
+
+/* The epoch cannot be had; the one before is as it was and stays. */
+static void expect_refused(struct pair *p, enum lb_errcode code, const char *what)
+{
+    static uint8_t before[64 * PAGE]; /* where the epochs of this test write */
+    struct lb_error err = LB_ERROR_INIT;
+    const void *state, *frames;
+    size_t len, frames_len;
+
+    memcpy(before, p->standby.ram, sizeof(before));
+    lb_bulk_close(p->tx); /* the end */
+    p->tx = NULL;
+    if (receive(p, &err) != -1 || err.code != code || !err.message[0])
+        fail_msg("%s: code %d: %s", what, (int)err.code, err.message);
+    lb_collector_discard(p->col);
+    assert_int_equal(lb_collector_bytes(p->col), 0);
+    assert_same(before, p->standby.ram, sizeof(before));
+    assert_int_equal(p->disks[1]->applied, 0);
+    lb_collector_state(p->col, &state, &len, &frames, &frames_len);
+    assert_int_equal(len, 300);
+    assert_int_equal(frames_len, 0);
+    p->state[5] ^= 9;
+    assert_same(state, p->state, len);
+    assert_int_equal(receive(p, &err), -1); /* and for good */
+}
+
+static void damaged_epochs(void **state)
+{
+    (void)state;
+    struct pair p;
+    size_t len = 1;
+
+    for (size_t i = 0; i < len; i++) /* cut off at every octet */
+        for (unsigned flip = 0; flip < 2; flip++) {
+            hold_epoch(&p, i % 2 ? LB_CIPHER_NONE : LB_CIPHER_AES256GCM);
+            len = p.hose.len;
+            if (flip)
+                p.hose.buf[i] ^= (uint8_t)(1u << i % 8);
+            hose_pass(&p.hose, 0, flip ? len : i);
+            expect_refused(&p, flip ? LB_E_AUTH : LB_E_NET, flip ? "flipped" : "cut off");
+            pair_close(&p);
+        }
+    assert_true(len > 500 && len < 3000);
+}
+
+/* --------------------------------------------- a primary that says impossible things */
+
+enum lie {
+    FINE, /* the same way, but nothing wrong: it is the lies that are refused */
+    OTHER_EPOCH, OTHER_NUMBER, SKIPPED_EPOCH, TWICE_PLAIN, TWICE_ZERO, NO_STATE, UNKNOWN_DISK,
+    OP_KIND, OP_RESERVED, OP_SHORT, OP_EMPTY, OP_WRAPS, OP_BEHIND, ROM_PAGE, UNKNOWN_BLOCK,
+    WRONG_BASE, STATE_TOO_LONG, FIRST_COPY_LATE, ENDS, N_LIES
+};
+
+static void send_lies(struct pair *p, enum lie lie)
+{
+    struct lb_bulk *b = p->tx;
+    uint32_t round = lie == OTHER_EPOCH ? 3 : 2;
+    uint64_t number = lie == OTHER_NUMBER ? 1 : lie == SKIPPED_EPOCH ? 3 : 2;
+    struct lb_page_run run = {20, 2};
+    static uint8_t buf[2 * PAGE];
+    uint8_t op[LB_STAGE_OP_BYTES + 512] = {0};
+    struct lb_disk_op good = {.kind = LB_DISK_WRITE, .offset = 512, .len = 512};
+    struct iovec pages = {buf, sizeof(buf)}, st = {buf, 300}, n = {&number, 8},
+                 ops = {op, sizeof(op)};
+
+    memset(buf, 0, sizeof(buf));
+    buf[0] = 1;
+    lb_bulk_set_checkpoint(b);
+    uint32_t block = lie == ROM_PAGE ? 1 : lie == UNKNOWN_BLOCK ? 3 : 0;
+    lb_bulk_send_pages(b, round, block, &run, &pages, 1, 0, NULL);
+    run = (struct lb_page_run){lie == TWICE_PLAIN ? 21 : 30, 1};
+    pages.iov_len = PAGE;
+    lb_bulk_send_pages(b, round, 0, &run, &pages, 1, 0, NULL);
+    run = (struct lb_page_run){lie == TWICE_ZERO ? 15 : 40, 6};
+    lb_bulk_send_zero(b, round, 0, &run, 1, NULL);
+    run = (struct lb_page_run){lie == WRONG_BASE ? 2 : 0, 1}; /* page 0 is as the primary has it */
+    memset(buf, 0, sizeof(buf));
+    lb_bulk_send_delta(b, round, 0, &run, 1, buf, lb_bulk_checksum(0, p->primary.ram, 1), 1, NULL);
+    lb_stage_put_op(op, &good);
+    op[0] = lie == OP_KIND ? 3 : op[0];
+    op[4] = lie == OP_RESERVED;
+    op[17] = lie == OP_EMPTY ? 0 : lie == OP_BEHIND ? 3 : op[17];
+    op[15] = lie == OP_WRAPS ? 0xff : 0;
+    ops.iov_len = lie == OP_SHORT ? 23 : ops.iov_len;
+    lb_bulk_send_data(b, LB_REC_DISK, lie == FIRST_COPY_LATE ? 0 : round,
+                      lie == UNKNOWN_DISK ? N_DISKS : 1, &ops, 1, 0, NULL);
+    if (lie == STATE_TOO_LONG)
+        lb_bulk_send_state_xor(b, round, buf, 301, 1, NULL);
+    else if (lie != NO_STATE)
+        lb_bulk_send_data(b, LB_REC_STATE, round, 0, &st, 1, 1, NULL);
+    if (lie == ENDS)
+        lb_bulk_send_mark(b, LB_REC_END, 0, NULL, 0, NULL);
+    else
+        lb_bulk_send_data(b, LB_REC_EPOCH_END, round, 0, &n, 1, 0, NULL);
+    lb_bulk_flush(b, NULL);
+}
+
+static void impossible_epochs(void **state)
+{
+    (void)state;
+    for (enum lie lie = FINE; lie < N_LIES; lie++) {
+        struct pair p;
+        char what[16];
+        hold_epoch(&p, LB_CIPHER_NONE);
+        lb_bulk_close(p.tx); /* another connection, and a collector that has epoch 1 */
+        lb_bulk_close(p.rx);
+        lb_collector_free(p.col);
+        lb_encoder_free(p.enc);
+        connect_pair(&p, LB_CIPHER_NONE);
+        collector_new(&p);
+        assert_int_equal(lb_encoder_new(p.blocks, 3, 0, &p.enc, NULL), 0);
+        p.state[5] ^= 9;
+        memcpy(p.primary.ram, p.standby.ram, RAM_PAGES * PAGE);
+        guest_writes(&p, 0, 0, 3);
+        guest_writes(&p, 0, 2, 3);
+        p.primary.ram[2 * PAGE] = (uint8_t)(p.primary.ram[0] + 1);
+        lb_disk_ops_free(&p.epoch.disk);
+        capture(&p, 1);
+        assert_int_equal(lb_encoder_send(p.enc, p.tx, &p.epoch, NULL), 0);
+        assert_int_equal(receive(&p, NULL), 1);
+        assert_int_equal(lb_collector_apply(p.col, NULL), 0);
+        send_lies(&p, lie);
+        p.epoch.number = 2;
+        snprintf(what, sizeof(what), "lie %d", (int)lie);
+        if (lie == FINE) {
+            assert_int_equal(receive(&p, NULL), 1);
+            assert_int_equal(lb_collector_apply(p.col, NULL), 0);
+            assert_int_equal(p.disks[1]->applied, 1);
+            assert_int_equal(p.disks[1]->flushes, 1);
+        } else {
+            p.state[5] ^= 9;
+            expect_refused(&p, lie == ENDS ? LB_E_NET : LB_E_PROTO, what);
+        }
+        pair_close(&p);
+    }
+}
+
+static void limit_of_an_epoch(void **state)
+{
+    (void)state;
+    for (unsigned what = 0; what < 3; what++) {
+        struct pair p;
+        struct lb_error err = LB_ERROR_INIT;
+        pair_open(&p, 0, LB_CIPHER_NONE);
+        lb_collector_set_limit(p.col, 200 * PAGE);
+        p.state_len = what == 1 ? 250 * PAGE : PAGE;
+        for (unsigned i = 0; i < (what ? 100 : 200); i++)
+            guest_writes(&p, 0, i, 0);
+        capture(&p, 1);
+        if (what == 2)
+            ops_add(&p.epoch.disk, 0, 0, 500 * 1024, 3);
+        assert_int_equal(lb_encoder_send(p.enc, p.tx, &p.epoch, &err), 0);
+        assert_int_equal(receive(&p, &err), -1);
+        assert_int_equal(err.code, LB_E_NO_SPACE);
+        assert_true(lb_collector_bytes(p.col) <= 200 * PAGE);
+        assert_true(lb_is_zero(p.standby.ram, RAM_PAGES * PAGE));
+        pair_close(&p);
+    }
+}
+
+/* An epoch that is complete is not an incomplete one: what was promised can be applied. */
+static void discard_keeps_the_complete(void **state)
+{
+    (void)state;
+    struct pair p;
+
+    pair_open(&p, 0, LB_CIPHER_NONE);
+    guest_works(&p, 200);
+    capture(&p, 1);
+    add_disk_and_frames(&p);
+    assert_int_equal(lb_encoder_send(p.enc, p.tx, &p.epoch, NULL), 0);
+    assert_int_equal(receive(&p, NULL), 1);
+    assert_true(lb_collector_bytes(p.col) > 0);
+    lb_collector_discard(p.col);
+    assert_int_equal(lb_collector_apply(p.col, NULL), 0);
+    check_memory(&p);
+    check_rest(&p);
+    pair_close(&p);
+}
+
+static void disk_that_fails(void **state)
+{
+    (void)state;
+    struct pair p;
+    struct lb_error err = LB_ERROR_INIT;
+
+    pair_open(&p, 0, LB_CIPHER_NONE);
+    capture(&p, 1);
+    for (unsigned i = 0; i < 4; i++)
+        ops_add(&p.epoch.disk, 0, i * 4096, 512, 2);
+    p.disks[0]->fail_after = 3;
+    assert_int_equal(lb_encoder_send(p.enc, p.tx, &p.epoch, &err), 0);
+    assert_int_equal(receive(&p, &err), 1);
+    assert_int_equal(lb_collector_apply(p.col, &err), -1);
+    assert_int_equal(err.code, LB_E_NO_SPACE);
+    assert_int_equal(p.disks[0]->flushes, 0);
+    pair_close(&p);
+}
+
+/* --------------------------------------------------------------- the staging buffer */
+
+static uint64_t resident(const void *p, uint64_t n_pages)
+{
+    static unsigned char v[16384];
+    uint64_t n = 0;
+
+    assert_true(n_pages <= sizeof(v));
+    assert_int_equal(mincore((void *)(uintptr_t)p, n_pages * PAGE, v), 0);
+    for (uint64_t i = 0; i < n_pages; i++)
+        n += v[i] & 1;
+    return n;
+}
+
+static void buffer_is_ready_and_given_back(void **state)
+{
+    (void)state;
+    struct lb_epoch e;
+    uint64_t cap;
+
+    lb_epoch_init(&e);
+    assert_int_equal(lb_epoch_reserve(&e, 10000, NULL), 0);
+    cap = e.pages_cap;
+    assert_true(cap >= 10000 && cap < 11000);
+    assert_int_equal(resident(e.data, cap), cap);
+    for (unsigned i = 0; i < 200; i++)
+        assert_int_equal(lb_epoch_reserve(&e, 100, NULL), 0);
+    assert_int_equal(lb_epoch_reserve(&e, 5000, NULL), 0); /* not yet: it is needed again */
+    for (unsigned i = 0; i < 200; i++)
+        assert_int_equal(lb_epoch_reserve(&e, 100, NULL), 0);
+    assert_int_equal(e.pages_cap, cap);
+    for (unsigned i = 0; i < 3000; i++)
+        assert_int_equal(lb_epoch_reserve(&e, 100, NULL), 0);
+    assert_true(e.pages_cap >= 100 && e.pages_cap <= 2048);
+    assert_int_equal(resident(e.data, e.pages_cap), e.pages_cap);
+    struct lb_error err = LB_ERROR_INIT;
+    assert_int_equal(lb_epoch_reserve(&e, UINT64_MAX / 2, &err), -1);
+    assert_int_equal(err.code, LB_E_NO_SPACE);
+    lb_epoch_free(&e);
+    assert_null(e.data);
+}
+
+static void check_capture(struct pair *p)
+{
+    uint64_t k = 0;
+
+    for (unsigned b = 0; b < 3; b += 2)
+        for (uint64_t i = 0; i < p->dirty[b].n_bits; i++) {
+            if (!lb_bitmap_test(&p->dirty[b], i))
+                continue;
+            assert_int_equal(p->epoch.pages[k].block, b);
+            assert_int_equal(p->epoch.pages[k].page, i);
+            assert_same(p->epoch.data + k * PAGE, page_of(&p->primary, b, i), PAGE);
+            k++;
+        }
+    assert_int_equal(p->epoch.n_pages, k);
+}
+
+/* With room and without, with one thread and with two, with runs of every length. */
+static void captures(void **state)
+{
+    (void)state;
+    for (unsigned n = 0; n < 40; n++) {
+        struct pair p;
+        pair_open(&p, 0, LB_CIPHER_NONE);
+        fill_random(p.primary.ram, RAM_PAGES * PAGE);
+        fill_random(p.primary.vram, VRAM_PAGES * PAGE);
+        if (n % 2)
+            assert_int_equal(lb_epoch_reserve(&p.epoch, n * 100, NULL), 0);
+        g_rng += n;
+        for (unsigned b = 0; b < 3; b += 2)
+            for (uint64_t i = 0; i < p.dirty[b].n_bits; i += rnd(1 + n % 4) + 1)
+                if (rnd(20) < n)
+                    lb_bitmap_set(&p.dirty[b], i);
+        for (unsigned twice = 0; twice < 2; twice++) {
+            for (unsigned b = 0; b < 3; b++)
+                assert_int_equal(lb_epoch_capture(&p.epoch, &p.primary, &p.blocks[b], &p.dirty[b],
+                                                  NULL), 0);
+            check_capture(&p);
+            lb_epoch_reset(&p.epoch);
+            assert_int_equal(p.epoch.n_pages, 0);
+        }
+        assert_true(n % 2 == 0 || n * 100 < 2048 || p.epoch.copier != NULL);
+        pair_close(&p);
+    }
+}
+
+static void capture_that_fails(void **state)
+{
+    (void)state;
+    struct pair p;
+    struct lb_error err = LB_ERROR_INIT;
+
+    pair_open(&p, 0, LB_CIPHER_NONE);
+    for (unsigned i = 0; i < 10; i++) {
+        lb_bitmap_set(&p.dirty[0], i * 2);
+        lb_bitmap_set(&p.dirty[2], i * 2);
+    }
+    p.primary.reads_left = 4;
+    assert_int_equal(lb_epoch_capture(&p.epoch, &p.primary, &p.blocks[0], &p.dirty[0], &err), 0);
+    assert_int_equal(lb_epoch_capture(&p.epoch, &p.primary, &p.blocks[2], &p.dirty[2], &err), -1);
+    assert_int_equal(err.code, LB_E_HV);
+    assert_int_equal(p.epoch.n_pages, 10);
+    pair_close(&p);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -556,6 +891,14 @@ int main(void)
         cmocka_unit_test(many_epochs),
         cmocka_unit_test(first_copy_of_disks),
         cmocka_unit_test(deadlines_lose_nothing),
+        cmocka_unit_test(damaged_epochs),
+        cmocka_unit_test(impossible_epochs),
+        cmocka_unit_test(limit_of_an_epoch),
+        cmocka_unit_test(discard_keeps_the_complete),
+        cmocka_unit_test(disk_that_fails),
+        cmocka_unit_test(buffer_is_ready_and_given_back),
+        cmocka_unit_test(captures),
+        cmocka_unit_test(capture_that_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
