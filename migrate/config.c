@@ -14,7 +14,8 @@
 enum { MAX_CONFIG_BYTES = 1 << 20, MAX_CHANNELS = 64, MAX_ZSTD_LEVEL = 19 };
 
 static const char remedy_keys[] = "known keys: listen name emulator path tap memory-reserve "
-                                  "bandwidth max-downtime channels compress throttle";
+                                  "bandwidth max-downtime channels compress throttle witness "
+                                  "backup lease";
 
 /* Each returns 0 or -1 with what is wrong with the value. */
 typedef int set_fn(struct lb_host_config *c, char *value, struct lb_error *err);
@@ -153,6 +154,39 @@ static int set_throttle(struct lb_host_config *c, char *value, struct lb_error *
     return 0;
 }
 
+int lb_witness_spec_check(const char *spec, struct lb_error *err)
+{
+    if (!strcmp(spec, "manual") || (!strncmp(spec, "fence:", 6) && spec[6]) ||
+        (!strncmp(spec, "etcd:", 5) && spec[5]))
+        return 0;
+    lb_fail(err, LB_E_USAGE, "\"%.200s\" is no witness", spec);
+    return lb_remedy(err, "give etcd:URL[,URL...], fence:CMD or manual");
+}
+
+static int set_witness(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return lb_witness_spec_check(value, err)
+               ? -1
+               : copy_value(c->witness, sizeof(c->witness), value, err);
+}
+
+static int set_backup(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return copy_value(c->backup, sizeof(c->backup), value, err);
+}
+
+static int set_lease(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    uint64_t ms;
+    if (lb_parse_duration_ms(value, &ms, err) < 0)
+        return -1;
+    if (ms < LB_LEASE_LOWEST_MS || ms > LB_LEASE_HIGHEST_MS)
+        return lb_fail(err, LB_E_USAGE, "lease is from %ums to %us", LB_LEASE_LOWEST_MS,
+                       LB_LEASE_HIGHEST_MS / 1000);
+    c->lease_ms = (uint32_t)ms;
+    return 0;
+}
+
 static const struct key {
     const char *name;
     bool repeats;
@@ -169,6 +203,9 @@ static const struct key {
     {"channels", false, set_channels},
     {"compress", false, set_compress},
     {"throttle", false, set_throttle},
+    {"witness", false, set_witness},
+    {"backup", false, set_backup},
+    {"lease", false, set_lease},
 };
 
 static const struct key *find_key(const char *name)

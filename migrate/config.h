@@ -13,6 +13,9 @@
  *   channels = 2
  *   compress = auto
  *   throttle = yes
+ *   witness = etcd:http://w1:2379,http://w2:2379   # defaults of protect
+ *   backup = hostB, hostC
+ *   lease = 200ms
  */
 #ifndef LB_CONFIG_H
 #define LB_CONFIG_H
@@ -31,13 +34,21 @@ struct lb_host_config {
     uint32_t channels;               /* default 0: automatic */
     char compress[32];               /* "auto" | "off" | "zstd" | "zstd:LEVEL" */
     bool throttle;
+    char witness[1024];              /* "": none; else as lb_witness_open takes it */
+    char backup[1024];               /* names of hosts, separated by commas; "": none */
+    uint32_t lease_ms;               /* 0: LB_LEASE_MS (remus/lease.h) */
 };
+#define LB_LEASE_LOWEST_MS 50u
+#define LB_LEASE_HIGHEST_MS 60000u
 #define LB_CONFIG_DEFAULT_PATH "/etc/lifeboat/lifeboatd.conf"
 
 /* path NULL: defaults. LB_CONFIG_DEFAULT_PATH may be missing (defaults), any other
  * path may not. Errors (LB_E_USAGE) name file and line; *out is untouched on failure. */
 int lb_config_load(const char *path, struct lb_host_config *out, struct lb_error *err);
 void lb_config_free(struct lb_host_config *c); /* leaves it zeroed; NULL is fine */
+
+/* Does the spec of a witness name a kind of witness? The rest is lb_witness_open's to judge. */
+int lb_witness_spec_check(const char *spec, struct lb_error *err);
 
 /* What a file name of an incoming command line is called here: the longest matching
  * prefix is replaced, whole path components only ("/run/vm-a" does not match

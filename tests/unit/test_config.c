@@ -48,6 +48,9 @@ static void test_all_keys(void **s)
                   "max-downtime = 45ms\n"
                   "channels = 2\n"
                   "compress = zstd:3\n"
+                  "witness = etcd:http://w1:2379,http://w2:2379\n"
+                  "backup = hostB, hostC\n"
+                  "lease = 300ms\n"
                   "throttle = no", &c, &err);
     assert_string_equal(err.message, "");
     assert_int_equal(rc, 0);
@@ -67,6 +70,9 @@ static void test_all_keys(void **s)
     assert_int_equal(c.channels, 2);
     assert_string_equal(c.compress, "zstd:3");
     assert_false(c.throttle);
+    assert_string_equal(c.witness, "etcd:http://w1:2379,http://w2:2379");
+    assert_string_equal(c.backup, "hostB, hostC");
+    assert_int_equal(c.lease_ms, 300);
     lb_config_free(&c);
     assert_null(c.paths);
     lb_config_free(&c);
@@ -120,6 +126,11 @@ static void test_mistakes(void **s)
         {"compress = gzip\n", ":1:", "compress"},
         {"compress = zstd:20\n", ":1:", "compress"},
         {"throttle = maybe\n", ":1:", "throttle"},
+        {"witness = w1:2379\n", ":1:", "no witness"},
+        {"witness = etcd:\n", ":1:", "no witness"},
+        {"witness = fence:\n", ":1:", "no witness"},
+        {"lease = 49ms\n", ":1:", "lease is from 50ms"},
+        {"lease = 61s\n", ":1:", "lease is from 50ms"},
     };
     for (size_t i = 0; i < LB_ARRAY_LEN(bad); i++) {
         struct lb_host_config c = {.channels = 77};
