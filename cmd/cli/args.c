@@ -35,6 +35,44 @@ void lb_parse(const char *cmd, const struct argp *argp, unsigned flags, int argc
     argv[0] = old;
 }
 
+bool lb_arg_number(const char *s, unsigned long min, unsigned long max, unsigned long *out)
+{
+    char *end;
+
+    if (s[0] < '0' || s[0] > '9')
+        return false;
+    *out = strtoul(s, &end, 10);
+    return !*end && *out >= min && *out <= max;
+}
+
+uint64_t lb_arg_duration(const char *arg, uint64_t unit_ms, const char *option,
+                         struct argp_state *state)
+{
+    struct lb_error err = LB_ERROR_INIT;
+    unsigned long n = 0;
+    uint64_t ms = 0;
+
+    if (lb_arg_number(arg, 1, UINT32_MAX / unit_ms, &n))
+        return n * unit_ms;
+    if (lb_parse_duration_ms(arg, &ms, &err))
+        argp_error(state, "%s: %s; %s", option, err.message, err.remedy);
+    else if (ms < 1 || ms > UINT32_MAX)
+        argp_error(state, "%s: \"%s\" is out of range", option, arg);
+    return ms;
+}
+
+uint64_t lb_arg_rate(const char *arg, struct argp_state *state)
+{
+    struct lb_error err = LB_ERROR_INIT;
+    uint64_t bytes_per_s = 0;
+
+    if (lb_parse_rate(arg, &bytes_per_s, &err))
+        argp_error(state, "--bandwidth: %s; %s", err.message, err.remedy);
+    else if (bytes_per_s < 1000)
+        argp_error(state, "--bandwidth: less than 1 kB per second is of no use");
+    return bytes_per_s;
+}
+
 struct name_parse {
     struct lb_name_args *out;
     unsigned flags;

@@ -29,7 +29,7 @@ struct lb_cmd {
 
 extern const struct lb_cmd lb_cmd_run, lb_cmd_adopt, lb_cmd_release, lb_cmd_ls, lb_cmd_status,
     lb_cmd_show, lb_cmd_stop, lb_cmd_migrate, lb_cmd_cancel, lb_cmd_recover, lb_cmd_preflight,
-    lb_cmd_history, lb_cmd_host;
+    lb_cmd_history, lb_cmd_host, lb_cmd_protect, lb_cmd_unprotect, lb_cmd_failover, lb_cmd_top;
 
 /* ---- arguments */
 
@@ -50,6 +50,13 @@ void lb_parse_name(struct lb_cli *cli, const struct lb_cmd *cmd, const char *doc
 /* argp_parse as every subcommand wants it: named "lifeboat CMD". */
 void lb_parse(const char *cmd, const struct argp *argp, unsigned flags, int argc, char **argv,
               void *input);
+
+/* A number and nothing else. */
+bool lb_arg_number(const char *s, unsigned long min, unsigned long max, unsigned long *out);
+/* "25ms", "1s"; a bare number is what the option's name says: unit_ms. Exits with a usage error. */
+uint64_t lb_arg_duration(const char *arg, uint64_t unit_ms, const char *option,
+                         struct argp_state *state);
+uint64_t lb_arg_rate(const char *arg, struct argp_state *state); /* --bandwidth */
 
 /* ---- talking to the daemon (client.c) */
 
@@ -87,6 +94,20 @@ const char *lb_span(char *buf, size_t n, double ms);
 
 /* Preflight report for people: one line per check, remedies below. */
 void lb_print_checks(FILE *f, const json_t *checks, bool all);
+void lb_print_preflight(const json_t *checks, bool all); /* with a summary above it */
+
+/* Exit status when Ctrl-C ended the watching of what goes on; as a shell reports Ctrl-C. */
+#define LB_EXIT_DETACHED 130
+/* From now on Ctrl-C makes this descriptor readable; -1: it ends the process. */
+int lb_catch_sigint(void);
+unsigned lb_columns(void); /* of the terminal */
+/* A line with a bar that is drawn over and over; the caller ends it. */
+void lb_draw_bar(double percent, const char *text);
+
+/* protect.c: the words for one element of `protections` (top), as lines "key  value". */
+void lb_print_protection(const json_t *p);
+/* "protected", "62% pre-copy", ...; buf is returned. */
+const char *lb_protect_state(const json_t *p, char *buf, size_t n);
 
 /* migrate and preflight share their request. */
 int lb_migrate_request(struct lb_cli *cli, const Lb__RpcMigrate *m, bool quiet, bool detach,

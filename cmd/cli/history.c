@@ -3,6 +3,17 @@
 
 #include <string.h>
 
+/* A migration, or a failover as seen from either host. */
+static const char *result(const json_t *e)
+{
+    const char *direction = lb_jstr(e, "direction");
+
+    if (!lb_jbool(e, "ok"))
+        return lb_jstr(json_object_get(e, "error"), "code");
+    return !strcmp(direction, "failover") ? "taken over" : !strcmp(direction, "failed-over") ? "gave way"
+                                                                                              : "moved";
+}
+
 static void show(const json_t *o)
 {
     static const char *const heads[] = {"STARTED", "VM",       "DIRECTION", "HOST",  "RESULT",
@@ -19,15 +30,20 @@ static void show(const json_t *o)
         lb_table_cell(t, "%s", lb_jstr(e, "vm"));
         lb_table_cell(t, "%s", lb_jstr(e, "direction"));
         lb_table_cell(t, "%s", lb_jstr(e, "host"));
-        lb_table_cell(t, "%s", ok ? "moved" : lb_jstr(json_object_get(e, "error"), "code"));
-        lb_table_cell(t, "%s", lb_span(span, sizeof(span), lb_jnum(e, "total_ms")));
+        lb_table_cell(t, "%s", result(e));
+        lb_table_cell(t, "%s",
+                      lb_jnum(e, "total_ms") > 0
+                          ? lb_span(span, sizeof(span), lb_jnum(e, "total_ms")) : "");
         if (ok && out)
             lb_table_cell(t, "%s", lb_span(span, sizeof(span), lb_jnum(e, "downtime_ms")));
         else
             lb_table_cell(t, "%s", "");
         lb_table_cell(t, "%s",
                       out ? lb_human_bytes(span, sizeof(span), lb_jnum(e, "wire_bytes")) : "");
-        lb_table_cell(t, "%lld", (long long)lb_jint(e, "rounds"));
+        if (lb_jint(e, "rounds") > 0)
+            lb_table_cell(t, "%lld", (long long)lb_jint(e, "rounds"));
+        else
+            lb_table_cell(t, "%s", "");
     }
     lb_table_print(t);
 }
@@ -38,7 +54,7 @@ static int run(struct lb_cli *cli, int argc, char **argv)
     Lb__RpcName m = LB__RPC_NAME__INIT;
     struct lb_name_args a;
 
-    lb_parse_name(cli, &lb_cmd_history, "List the migrations of this host, of one VM or all.",
+    lb_parse_name(cli, &lb_cmd_history, "List the migrations and failovers of this host, of one VM or all.",
                   LB_NAME_OPTIONAL | LB_NAME_LIMIT, NULL, argc, argv, &a);
     m.name = (char *)(a.name ? a.name : "");
     m.limit = a.limit;
@@ -47,4 +63,4 @@ static int run(struct lb_cli *cli, int argc, char **argv)
     return lb_ask(cli, &r, show);
 }
 
-const struct lb_cmd lb_cmd_history = {"history", "[NAME]", "List past migrations", run};
+const struct lb_cmd lb_cmd_history = {"history", "[NAME]", "List past migrations and failovers", run};

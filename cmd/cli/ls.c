@@ -10,13 +10,16 @@ static void show(const json_t *o)
 
     json_array_foreach (json_object_get(o, "vms"), i, e) {
         json_t *p = json_object_get(json_object_get(e, "session"), "progress");
-        char when[32];
+        json_t *protect = json_object_get(e, "protect");
+        char when[32], text[64];
 
         lb_table_cell(t, "%s", lb_jstr(e, "name"));
         lb_table_cell(t, "%s", lb_jstr(e, "state"));
         lb_table_cell(t, "%lld", (long long)lb_jint(e, "pid"));
         lb_table_cell(t, "%s", lb_jstr(e, "peer"));
-        if (json_is_object(p))
+        if (json_is_object(protect))
+            lb_table_cell(t, "%s", lb_protect_state(protect, text, sizeof(text)));
+        else if (json_is_object(p))
             lb_table_cell(t, "%.0f%% %s", lb_jnum(p, "percent"), lb_jstr(p, "state"));
         else
             lb_table_cell(t, "%s", "");

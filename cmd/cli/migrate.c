@@ -7,15 +7,10 @@
  */
 #include "cmd/cli/cli.h"
 
-#include <errno.h>
 #include <math.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
-
-#define EXIT_DETACHED 130 /* as a shell reports Ctrl-C */
 
 struct view {
     struct lb_cli *cli;
@@ -28,31 +23,11 @@ struct view {
     bool warned;
 };
 
-static int sigint_fd = -1;
-
-static void on_sigint(int sig)
-{
-    uint64_t one = 1;
-    int saved = errno;
-
-    (void)sig;
-    if (write(sigint_fd, &one, sizeof(one)) < 0)
-        _exit(EXIT_DETACHED);
-    errno = saved;
-}
-
 static void wipe(struct view *v)
 {
     if (v->drawn)
         fputs("\r\033[K", stdout);
     v->drawn = false;
-}
-
-static unsigned columns(void)
-{
-    struct winsize w;
-
-    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) == 0 && w.ws_col >= 20 ? w.ws_col : 80;
 }
 
 /* "pre-copy 2  78.0 MiB/s  dirty 20.0 MiB/s  ETA 3 s  pause 22 ms  300.0 MiB sent  converges":
@@ -80,20 +55,9 @@ static void numbers(const json_t *p, char *buf, size_t n)
 static void draw(struct view *v, const json_t *p)
 {
     char text[400];
-    unsigned cols = columns(), bar, full;
-    int left;
 
     numbers(p, text, sizeof(text));
-    left = (int)cols - 1 - (int)strlen(text) - 9; /* "[] 100%  " */
-    bar = left > 40 ? 40 : left > 8 ? (unsigned)left : 8;
-    full = (unsigned)(v->percent / 100 * bar);
-    fputs("\r[", stdout);
-    for (unsigned i = 0; i < bar; i++)
-        putchar(i < full ? '#' : '-');
-    /* Cut, not wrapped: a wrapped line cannot be drawn over. */
-    left = (int)cols - 1 - (int)bar - 9;
-    printf("] %3.0f%%  %.*s\033[K", floor(v->percent), left > 0 ? left : 0, text);
-    fflush(stdout);
+    lb_draw_bar(v->percent, text);
     v->drawn = true;
 }
 
@@ -133,19 +97,8 @@ static void progress(struct view *v, const json_t *p)
 
 static void preflight(struct view *v, const json_t *ev)
 {
-    const json_t *checks = json_object_get(ev, "checks");
-    unsigned warn = 0, fail = 0;
-    size_t i;
-    json_t *c;
-
-    json_array_foreach (checks, i, c) {
-        warn += !strcmp(lb_jstr(c, "status"), "warn");
-        fail += !strcmp(lb_jstr(c, "status"), "fail");
-    }
     wipe(v);
-    printf("preflight: %zu checks, %u refused, %u warnings\n", json_array_size(checks), fail, warn);
-    lb_print_checks(stdout, checks, v->m->options->dry_run);
-    fflush(stdout);
+    lb_print_preflight(json_object_get(ev, "checks"), v->m->options->dry_run);
 }
 
 static bool on_event(const json_t *ev, const char *text, void *arg)
@@ -191,7 +144,7 @@ static int detached(struct view *v)
     fprintf(stderr, "lifeboat: the migration of %s goes on in the background: `lifeboat status %s` "
                     "shows it, `lifeboat cancel %s` stops it\n", v->m->name, v->m->name,
             v->m->name);
-    return EXIT_DETACHED;
+    return LB_EXIT_DETACHED;
 }
 
 int lb_migrate_request(struct lb_cli *cli, const Lb__RpcMigrate *m, bool quiet, bool detach,
@@ -199,14 +152,11 @@ int lb_migrate_request(struct lb_cli *cli, const Lb__RpcMigrate *m, bool quiet, 
 {
     struct view v = {.cli = cli, .m = m, .quiet = quiet, .detach = detach,
                      .progress_json = progress_json, .tty = isatty(STDOUT_FILENO), .round = -1};
-    struct sigaction sa = {.sa_handler = on_sigint};
+    int sigint_fd = m->options->dry_run ? -1 : lb_catch_sigint();
     struct lb_error err = LB_ERROR_INIT;
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
     json_t *o;
 
-    sigint_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (sigint_fd >= 0 && !m->options->dry_run)
-        sigaction(SIGINT, &sa, NULL);
     r.kind_case = LB__RPC_REQUEST__KIND_MIGRATE;
     r.migrate = (Lb__RpcMigrate *)m;
     LB_AUTO_FREE char *text = lb_request(cli, &r, on_event, &v, sigint_fd, &err);
@@ -245,16 +195,6 @@ struct args {
     bool quiet, detach, progress;
 };
 
-static bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *out)
-{
-    char *end;
-
-    if (s[0] < '0' || s[0] > '9')
-        return false;
-    *out = strtoul(s, &end, 10);
-    return !*end && *out >= min && *out <= max;
-}
-
 static void set_compress(struct args *a, const char *arg, struct argp_state *state)
 {
     unsigned long level = 0;
@@ -263,33 +203,15 @@ static void set_compress(struct args *a, const char *arg, struct argp_state *sta
         a->o->compress = 0;
     else if (!strcmp(arg, "off"))
         a->o->compress = 1;
-    else if (!strcmp(arg, "zstd") || (!strncmp(arg, "zstd:", 5) && parse_number(arg + 5, 1, 19, &level)))
+    else if (!strcmp(arg, "zstd") || (!strncmp(arg, "zstd:", 5) && lb_arg_number(arg + 5, 1, 19, &level)))
         a->o->compress = 2;
     else
         argp_error(state, "--compress takes auto, off, zstd or zstd:LEVEL with LEVEL from 1 to 19");
     a->o->zstd_level = (int32_t)level;
 }
 
-/* "25ms", "1s"; a bare number is what the option's name says. */
-static uint64_t duration(const char *arg, uint64_t unit_ms, const char *option,
-                         struct argp_state *state)
-{
-    struct lb_error err = LB_ERROR_INIT;
-    unsigned long n = 0;
-    uint64_t ms = 0;
-
-    if (parse_number(arg, 1, UINT32_MAX / unit_ms, &n))
-        return n * unit_ms;
-    if (lb_parse_duration_ms(arg, &ms, &err))
-        argp_error(state, "%s: %s; %s", option, err.message, err.remedy);
-    else if (ms < 1 || ms > UINT32_MAX)
-        argp_error(state, "%s: \"%s\" is out of range", option, arg);
-    return ms;
-}
-
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
-    struct lb_error err = LB_ERROR_INIT;
     struct args *a = state->input;
     unsigned long n = 0;
 
@@ -298,16 +220,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         state->child_inputs[0] = a->cli;
         return 0;
     case OPT_BANDWIDTH:
-        if (lb_parse_rate(arg, &a->o->bandwidth_bytes_per_s, &err))
-            argp_error(state, "--bandwidth: %s; %s", err.message, err.remedy);
-        else if (a->o->bandwidth_bytes_per_s < 1000)
-            argp_error(state, "--bandwidth: less than 1 kB per second is of no use");
+        a->o->bandwidth_bytes_per_s = lb_arg_rate(arg, state);
         return 0;
     case OPT_DOWNTIME:
-        a->o->max_downtime_ms = (uint32_t)duration(arg, 1, "--max-downtime", state);
+        a->o->max_downtime_ms = (uint32_t)lb_arg_duration(arg, 1, "--max-downtime", state);
         return 0;
     case OPT_CHANNELS:
-        if (!parse_number(arg, 1, 64, &n))
+        if (!lb_arg_number(arg, 1, 64, &n))
             argp_error(state, "--channels takes a number from 1 to 64");
         a->o->channels = (uint32_t)n;
         return 0;
@@ -318,7 +237,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         a->o->verify = true;
         return 0;
     case OPT_TIMEOUT:
-        a->o->timeout_ms = duration(arg, 1000, "--timeout", state);
+        a->o->timeout_ms = lb_arg_duration(arg, 1000, "--timeout", state);
         return 0;
     case OPT_DRY_RUN:
         a->o->dry_run = true;

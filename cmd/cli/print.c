@@ -1,9 +1,14 @@
 /* cmd/cli/print.c - errors, tables and numbers for people. */
 #include "cmd/cli/cli.h"
 
+#include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <time.h>
+#include <unistd.h>
 
 void lb_print_text(FILE *f, const char *text)
 {
@@ -109,6 +114,54 @@ const char *lb_span(char *buf, size_t n, double ms)
     return buf;
 }
 
+/* ------------------------------------------------------------------- live lines */
+
+static int sigint_fd = -1;
+
+static void on_sigint(int sig)
+{
+    uint64_t one = 1;
+    int saved = errno;
+
+    (void)sig;
+    if (write(sigint_fd, &one, sizeof(one)) < 0)
+        _exit(LB_EXIT_DETACHED);
+    errno = saved;
+}
+
+int lb_catch_sigint(void)
+{
+    struct sigaction sa = {.sa_handler = on_sigint};
+
+    sigint_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (sigint_fd >= 0)
+        sigaction(SIGINT, &sa, NULL);
+    return sigint_fd;
+}
+
+unsigned lb_columns(void)
+{
+    struct winsize w;
+
+    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) == 0 && w.ws_col >= 20 ? w.ws_col : 80;
+}
+
+void lb_draw_bar(double percent, const char *text)
+{
+    unsigned cols = lb_columns(), bar, full;
+    int left = (int)cols - 1 - (int)strlen(text) - 9; /* "[] 100%  " */
+
+    bar = left > 40 ? 40 : left > 8 ? (unsigned)left : 8;
+    full = (unsigned)(percent / 100 * bar);
+    fputs("\r[", stdout);
+    for (unsigned i = 0; i < bar; i++)
+        putchar(i < full ? '#' : '-');
+    /* Cut, not wrapped: a wrapped line cannot be drawn over. */
+    left = (int)cols - 1 - (int)bar - 9;
+    printf("] %3.0f%%  %.*s\033[K", floor(percent), left > 0 ? left : 0, text);
+    fflush(stdout);
+}
+
 /* --------------------------------------------------------------------- tables */
 
 struct lb_table {
@@ -164,6 +217,21 @@ void lb_table_print(struct lb_table *t)
     }
     free(t->cells);
     free(t);
+}
+
+void lb_print_preflight(const json_t *checks, bool all)
+{
+    unsigned warn = 0, fail = 0;
+    size_t i;
+    json_t *c;
+
+    json_array_foreach (checks, i, c) {
+        warn += !strcmp(lb_jstr(c, "status"), "warn");
+        fail += !strcmp(lb_jstr(c, "status"), "fail");
+    }
+    printf("preflight: %zu checks, %u refused, %u warnings\n", json_array_size(checks), fail, warn);
+    lb_print_checks(stdout, checks, all);
+    fflush(stdout);
 }
 
 void lb_print_checks(FILE *f, const json_t *checks, bool all)

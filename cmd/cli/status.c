@@ -10,6 +10,27 @@ static void line(const char *key, const char *value)
     putchar('\n');
 }
 
+/* What was asked for and what is the case. */
+static void protection(const json_t *o)
+{
+    const json_t *w = json_object_get(o, "wish"), *b;
+    size_t i;
+
+    lb_print_protection(json_object_get(o, "protect"));
+    if (!json_is_object(w))
+        return;
+    printf("%-12s", "wanted");
+    json_array_foreach (json_object_get(w, "backups"), i, b) {
+        fputs(i ? ", " : "on ", stdout);
+        lb_print_text(stdout, json_string_value(b) ? json_string_value(b) : "");
+    }
+    if (!json_array_size(json_object_get(w, "backups")))
+        fputs("on any trusted host", stdout);
+    printf(", every %lld ms, decided by ", (long long)lb_jint(w, "interval_ms"));
+    lb_print_text(stdout, lb_jstr(w, "witness"));
+    putchar('\n');
+}
+
 static void show(const json_t *o)
 {
     const json_t *running = json_object_get(o, "running"), *s = json_object_get(o, "session");
@@ -27,6 +48,8 @@ static void show(const json_t *o)
     line("since", lb_when(when, lb_jnum(o, "changed_ms")));
     line("note", lb_jstr(o, "note"));
     line("problem", lb_jstr(o, "problem"));
+    if (json_is_object(json_object_get(o, "protect")))
+        protection(o);
     if (!json_is_object(s))
         return;
     printf("%-12s%s, host %s, process %lld, %s\n", "session", lb_jstr(s, "role"),

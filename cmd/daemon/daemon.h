@@ -7,6 +7,7 @@
  *   ops_vm.c       requests that may wait for a hypervisor: run in a worker
  *   worker.c       a worker: a forked copy that answers one request and exits
  *   sessions.c     session processes: start, connection, routing, end
+ *   protect.c      protections: requests, whom to try next and when, what they say of themselves
  *   peers.c        the listening port: preambles, routing of bulk connections
  *   session.c      the session process itself (lifeboatd --session)
  *   vm_run.c       starting QEMU as a process of its own; qmp.c its greeting and end
@@ -29,11 +30,12 @@
 #include "migrate/config.h"
 #include "migrate/migrate.h"
 #include "netproto/rpc.pb-c.h"
+#include "remus/record.h"
 
 enum {
     MAX_CLIENTS = 128,
     MAX_WORKERS = 32,
-    MAX_SESSIONS_IN = 32,
+    MAX_SESSIONS_IN = 32,     /* transient ones; a standby counts no more once it is one */
     MAX_UNAUTHENTICATED = 64, /* peers whose preamble has not come */
     MAX_PARKED = 64,          /* bulk connections ahead of their session */
     PREAMBLE_TIMEOUT_S = 10,
@@ -49,6 +51,15 @@ struct daemon_options {
 struct client;
 struct peer;
 struct worker;
+struct ward;
+
+/* What a client waits for that is no single session's to say. */
+enum lb_wait {
+    LB_WAIT_NONE = 0,
+    LB_WAIT_PROTECTED, /* `protect`: the first epoch is complete */
+    LB_WAIT_OFF,       /* `unprotect`, or the `stop` of a protected VM */
+    LB_WAIT_HERE,      /* `failover`: the VM runs on this host */
+};
 
 /* One session process, as the supervisor sees it. */
 struct session {
@@ -64,7 +75,10 @@ struct session {
     bool wants_conns;
     uint8_t want_id[LB_SESSION_ID_BYTES];
     char state[32];         /* of the last progress event */
-    char *preflight, *progress; /* last events, JSON; NULL */
+    char *preflight, *progress, *protect; /* last events, JSON; NULL */
+    uint64_t protected_ns;  /* roles protect: when it first said "protected"; 0: not yet */
+    char end[16];           /* roles protect, backup: how, as lb_protect_end_name has it, or "promoted" */
+    struct lb_error error;  /* of a bad end */
     bool ended;             /* result or failure came */
     bool was_adopted;       /* started by an earlier supervisor */
 };
@@ -84,6 +98,7 @@ struct daemon {
     LIST_HEAD(, session) sessions;
     LIST_HEAD(, peer) peers;
     LIST_HEAD(, worker) workers;
+    LIST_HEAD(, ward) wards;
     unsigned n_clients, n_workers, n_unauthenticated, n_parked, n_in;
     uint64_t last_prune_ms, last_orphans_ns;
 };
@@ -103,6 +118,15 @@ void lb_client_failure(struct client *c, const struct lb_error *e, const char *j
 void lb_clients_event(struct session *s, const char *json);
 void lb_clients_result(struct session *s, const char *json);
 void lb_clients_failure(struct session *s, const struct lb_error *e, const char *json);
+/* The client's answer comes by lb_clients_settle. then: carried out when it went well, and that is the
+ * answer; NULL: none. */
+void lb_client_wait(struct client *c, const char *vm, enum lb_wait what, unsigned timeout_s,
+                    const Lb__RpcRequest *then);
+/* To every client that waits for something of the VM. */
+void lb_clients_tell(struct daemon *d, const char *vm, const char *json);
+/* Result (e NULL) or failure of every client that waits for this. */
+void lb_clients_settle(struct daemon *d, const char *vm, enum lb_wait what, const char *json,
+                       const struct lb_error *e);
 
 /* ---- ops_host.c: malloc'ed JSON, or NULL and *err */
 char *lb_op_ls(struct daemon *d, struct lb_error *err);
@@ -143,8 +167,30 @@ struct session *lb_session_spawn(struct daemon *d, const char *role, const char 
 struct session *lb_session_of_vm(struct daemon *d, const char *vm);
 struct session *lb_session_wanting(struct daemon *d, const uint8_t id[LB_SESSION_ID_BYTES]);
 int lb_session_order_cancel(struct session *s, struct lb_error *err);
+int lb_session_order_failover(struct session *s, bool force, struct lb_error *err);
 /* Passes the connection on; fd is closed here in any case. */
 int lb_session_order_conn(struct session *s, int fd, struct lb_error *err);
+
+/* ---- protect.c. Requests; they answer the client or make it wait. */
+void lb_op_protect(struct daemon *d, struct client *c, const Lb__RpcProtect *r);
+void lb_op_unprotect(struct daemon *d, struct client *c, const char *vm,
+                     const Lb__RpcRequest *then);
+void lb_op_failover(struct daemon *d, struct client *c, const Lb__RpcName *r);
+char *lb_op_top(struct daemon *d, struct lb_error *err);
+/* What protects the VM or is wanted to; NULL: nothing. */
+json_t *lb_protect_json(struct daemon *d, const struct lb_vm_entry *e);
+/* Is it to be protected, or is a session protecting it? */
+bool lb_protect_wanted(struct daemon *d, const char *vm);
+/* LB_E_STATE with the remedy when it is protected or a standby. */
+int lb_protect_refuse(struct daemon *d, const struct lb_vm_entry *e, const char *what,
+                      struct lb_error *err);
+/* From sessions.c: a session said {"event":"protect"}; is gone (s is still complete). */
+void lb_protect_event(struct session *s, const char *state, const char *note, const char *json);
+void lb_protect_ended(struct session *s);
+/* From the scan: protect a VM that runs and is to be; recover one that nobody works on. */
+void lb_protect_scan(struct daemon *d, const struct lb_vm_entry *e);
+void lb_recover_scan(struct daemon *d, const struct lb_vm_entry *e);
+void lb_wards_prune(struct daemon *d, const struct lb_vm_entry *v, unsigned n);
 
 /* ---- peers.c */
 int lb_peers_start(struct daemon *d, const char *listen, struct lb_error *err);

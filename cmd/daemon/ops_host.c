@@ -78,9 +78,12 @@ char *lb_op_ls(struct daemon *d, struct lb_error *err)
     list = json_array();
     for (unsigned i = 0; i < n; i++) {
         json_t *e = lb_entry_to_json(&v[i]), *s = lb_session_to_json(lb_session_of_vm(d, v[i].name));
+        json_t *p = lb_protect_json(d, &v[i]);
 
         if (s)
             json_object_set_new(e, "session", s);
+        if (p)
+            json_object_set_new(e, "protect", p);
         json_array_append_new(list, e);
     }
     json_object_set_new(o, "vms", list);

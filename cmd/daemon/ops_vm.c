@@ -14,6 +14,7 @@
 
 #include "core/hv.h"
 #include "core/qemu/qemu.h"
+#include "remus/remus.h"
 
 #define START_TIMEOUT_NS UINT64_C(30000000000)
 #define QUIT_TIMEOUT_NS UINT64_C(15000000000)
@@ -43,10 +44,11 @@ static int take(struct daemon *d, const char *name, struct lb_vm_entry *e, struc
 {
     if (lb_vm_entry_load(d->opt.state_dir, name, e, err))
         return -1;
-    /* Waiting helps against a query, or a session that is about to end, not against a migration. */
+    /* Waiting helps against a query, or a session that is about to end, not against long work. */
     struct session *s = lb_session_of_vm(d, name);
-    bool out = s && !strcmp(s->role, "out");
-    int lock = lb_vm_lock_patiently(d->opt.state_dir, name, out ? 0 : LOCK_WAIT_MS, err);
+    bool longer = s && (!strcmp(s->role, "out") || !strcmp(s->role, "protect") ||
+                        !strcmp(s->role, "backup"));
+    int lock = lb_vm_lock_patiently(d->opt.state_dir, name, longer ? 0 : LOCK_WAIT_MS, err);
     if (lock >= 0 && lb_vm_entry_load(d->opt.state_dir, name, e, err)) {
         /* removed while we waited: the lock made its directory anew */
         lb_vm_entry_remove(d->opt.state_dir, name, NULL);
@@ -87,6 +89,7 @@ static int reserve(struct daemon *d, const char *name, struct lb_error *err)
             lb_fail(err, LB_E_EXISTS, "a released VM still runs in the directory of %s", name);
             return lb_remedy(err, "`lifeboat adopt` it, or choose another name");
         }
+        lb_wish_remove(d->opt.state_dir, name, NULL);
         return LB_STEAL_FD(lock);
     }
     if (e.state != LB_VM_DEAD && (e.state != LB_VM_RUNNING || lb_proc_alive(&e.proc))) {
@@ -95,6 +98,8 @@ static int reserve(struct daemon *d, const char *name, struct lb_error *err)
         return lb_remedy(err, "choose another name, or `lifeboat stop %s` / `lifeboat release %s` it",
                          name, name);
     }
+    /* What was wanted of the dead VM is not wanted of a new one. */
+    lb_wish_remove(d->opt.state_dir, name, NULL);
     return LB_STEAL_FD(lock);
 }
 
@@ -338,6 +343,23 @@ static char *op_stop(struct daemon *d, const Lb__RpcName *r, struct lb_error *er
 
 /* ---------------------------------------------------------------- status, show */
 
+/* How it is protected, and what was asked for. */
+static void add_protection(struct daemon *d, const struct lb_vm_entry *e, json_t *o)
+{
+    json_t *p = lb_protect_json(d, e), *wish;
+    LB_AUTO_FREE struct lb_protect_wish *w = lb_alloc(sizeof(*w));
+
+    if (!p)
+        return;
+    json_object_set_new(o, "protect", p);
+    if (lb_wish_load(d->opt.state_dir, e->name, w, NULL))
+        return;
+    LB_AUTO_FREE char *text = lb_wish_json(w);
+    wish = json_loads(text, 0, NULL);
+    if (wish)
+        json_object_set_new(o, "wish", wish);
+}
+
 static char *op_status(struct daemon *d, const Lb__RpcName *r, struct lb_error *err)
 {
     struct session *s = lb_session_of_vm(d, r->name);
@@ -365,6 +387,7 @@ static char *op_status(struct daemon *d, const Lb__RpcName *r, struct lb_error *
     o = lb_entry_to_json(&e);
     json_object_set_new(o, "running", known ? json_boolean(running) : json_null());
     json_object_set_new(o, "session", session ? session : json_null());
+    add_protection(d, &e, o);
     if (why.code)
         json_object_set_new(o, "problem", lb_json_text(why.message));
     return lb_json_dump(o);
@@ -451,13 +474,19 @@ int lb_recover_here(const char *state_dir, const char *config_path, const char *
     struct lb_session_env env = {.state_dir = state_dir, .hv = &lb_hv_qemu, .cancel_fd = -1,
                                  .config_path = config_path};
     struct lb_identity id;
+    struct lb_vm_entry e;
     int rc;
 
     if (lb_identity_load(state_dir, &id, err))
         return -1;
     lb_qemu_set_throttle_dir(throttle);
     env.identity = &id;
-    rc = lb_recover_vm(&env, vm, text, err);
+    if (lb_vm_entry_load(state_dir, vm, &e, err))
+        rc = -1;
+    else if (e.state == LB_VM_PROTECTED || e.state == LB_VM_STANDBY)
+        rc = lb_remus_recover(&env, vm, text, err);
+    else
+        rc = lb_recover_vm(&env, vm, text, err);
     lb_identity_wipe(&id);
     return rc;
 }

@@ -3,8 +3,9 @@
  *
  * One request per connection. It is answered at once from files, by a worker
  * process that takes the connection over, or by watching a session: then
- * events follow until the session ends. A client that goes away
- * changes nothing: sessions and workers go on.
+ * events follow until the session ends. What concerns a protection is waited for by
+ * the VM's name: several sessions may follow each other before it is reached. A client
+ * that goes away changes nothing: sessions and workers go on.
  */
 #include "cmd/daemon/daemon.h"
 
@@ -23,9 +24,12 @@ struct client {
     struct bufferevent *bev;
     struct session *watching;
     bool cancelling;          /* watches only to learn how the cancelled session ends */
-    char vm[128];             /* of a cancel */
+    char vm[128];             /* of a cancel, or of what is waited for */
+    enum lb_wait wait;
+    uint8_t *then;            /* packed RpcRequest to carry out after the wait; NULL */
+    size_t then_len;
     bool closing;
-    struct event *timeout;    /* cancel */
+    struct event *timeout;    /* of a cancel or a wait */
 };
 
 static void client_free(struct client *c)
@@ -36,6 +40,7 @@ static void client_free(struct client *c)
         event_free(c->timeout);
     if (c->bev)
         bufferevent_free(c->bev);
+    free(c->then);
     free(c);
 }
 
@@ -61,6 +66,7 @@ static void send_reply(struct client *c, const Lb__RpcReply *r, bool last)
     if (last) {
         c->closing = true;
         c->watching = NULL;
+        c->wait = LB_WAIT_NONE;
     }
 }
 
@@ -155,6 +161,71 @@ void lb_clients_failure(struct session *s, const struct lb_error *e, const char 
     }
 }
 
+/* ---------------------------------------------- waiting for what becomes of a VM */
+
+static void on_wait_timeout(evutil_socket_t fd, short what, void *arg)
+{
+    struct client *c = arg;
+    struct lb_error e = LB_ERROR_INIT;
+
+    (void)fd;
+    (void)what;
+    lb_fail(&e, LB_E_STATE, "VM %s: %s was asked for, but has not come about yet", c->vm,
+            c->wait == LB_WAIT_OFF ? "the end of its protection" : "a failover");
+    lb_remedy(&e, "`lifeboat status %s` shows what it waits for", c->vm);
+    lb_client_failure(c, &e, NULL);
+}
+
+void lb_client_wait(struct client *c, const char *vm, enum lb_wait what, unsigned timeout_s,
+                    const Lb__RpcRequest *then)
+{
+    struct timeval limit = {timeout_s, 0};
+
+    c->wait = what;
+    snprintf(c->vm, sizeof(c->vm), "%s", vm);
+    if (then) {
+        c->then_len = lb__rpc_request__get_packed_size(then);
+        c->then = lb_alloc(c->then_len + 1);
+        lb__rpc_request__pack(then, c->then);
+    }
+    c->timeout = timeout_s ? evtimer_new(c->d->base, on_wait_timeout, c) : NULL;
+    if (c->timeout)
+        evtimer_add(c->timeout, &limit);
+}
+
+void lb_clients_tell(struct daemon *d, const char *vm, const char *json)
+{
+    struct client *c;
+
+    LIST_FOREACH (c, &d->clients, link)
+        if (c->wait != LB_WAIT_NONE && !strcmp(c->vm, vm))
+            lb_client_event(c, json);
+}
+
+static bool to_worker(struct client *c, const Lb__RpcRequest *r);
+
+void lb_clients_settle(struct daemon *d, const char *vm, enum lb_wait what, const char *json,
+                       const struct lb_error *e)
+{
+    struct client *c, *next;
+
+    for (c = LIST_FIRST(&d->clients); c; c = next) {
+        next = LIST_NEXT(c, link);
+        if (c->wait != what || strcmp(c->vm, vm))
+            continue;
+        if (e) {
+            lb_client_failure(c, e, NULL);
+        } else if (c->then) {
+            Lb__RpcRequest *r = lb__rpc_request__unpack(NULL, c->then_len, c->then);
+
+            to_worker(c, r);
+            lb__rpc_request__free_unpacked(r, NULL);
+        } else {
+            lb_client_result(c, json);
+        }
+    }
+}
+
 static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
 {
     struct daemon *d = c->d;
@@ -173,7 +244,9 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
     known = lb_hosts_by_name(&hosts, r->host) != NULL;
     lb_hosts_free(&hosts);
     s = lb_session_of_vm(d, r->name);
-    if (!known) {
+    if (lb_protect_refuse(d, &e, "migrate", &err)) {
+        /* err says it */
+    } else if (!known) {
         lb_fail(&err, LB_E_NOT_FOUND, "host %.100s is not known here", r->host);
         lb_remedy(&err, "run `lifeboat host id` there, then `lifeboat host trust %.60s KEY ADDRESS` "
                         "here; `lifeboat host ls` lists the known ones", r->host);
@@ -235,7 +308,8 @@ static void start_cancel(struct client *c, const Lb__RpcName *r)
     struct session *s = lb_session_of_vm(c->d, r->name);
     struct lb_vm_entry e;
 
-    if (lb_vm_entry_load(c->d->opt.state_dir, r->name, &e, &err)) {
+    if (lb_vm_entry_load(c->d->opt.state_dir, r->name, &e, &err) ||
+        lb_protect_refuse(c->d, &e, "cancel", &err)) {
         /* err says it */
     } else if (e.state == LB_VM_HANDED_OVER ||
                (s && (!strcmp(s->state, "handed-over") || !strcmp(s->state, "done") ||
@@ -300,6 +374,32 @@ static bool to_worker(struct client *c, const Lb__RpcRequest *r)
     return true;
 }
 
+/* A protected VM: its protection ends before it does, so that the other host does not bring it
+ * back. false: not protected. */
+static bool stop_protected(struct client *c, const Lb__RpcRequest *r)
+{
+    struct lb_vm_entry e;
+
+    if (!lb_protect_wanted(c->d, r->stop->name) ||
+        lb_vm_entry_load(c->d->opt.state_dir, r->stop->name, &e, NULL) || e.state == LB_VM_DEAD)
+        return false;
+    lb_op_unprotect(c->d, c, r->stop->name, r);
+    return true;
+}
+
+/* false: an answer was given. */
+static bool may_release(struct client *c, const Lb__RpcName *r)
+{
+    struct lb_error err = LB_ERROR_INIT;
+    struct lb_vm_entry e;
+
+    if (r->force || lb_vm_entry_load(c->d->opt.state_dir, r->name, &e, NULL) ||
+        !lb_protect_refuse(c->d, &e, "release", &err))
+        return true;
+    lb_client_failure(c, &err, NULL);
+    return false;
+}
+
 static bool dispatch(struct client *c, const Lb__RpcRequest *r)
 {
     struct lb_error err = LB_ERROR_INIT;
@@ -330,12 +430,26 @@ static bool dispatch(struct client *c, const Lb__RpcRequest *r)
     case LB__RPC_REQUEST__KIND_CANCEL:
         start_cancel(c, r->cancel);
         return false;
+    case LB__RPC_REQUEST__KIND_PROTECT:
+        lb_op_protect(d, c, r->protect);
+        return false;
+    case LB__RPC_REQUEST__KIND_UNPROTECT:
+        lb_op_unprotect(d, c, r->unprotect->name, NULL);
+        return false;
+    case LB__RPC_REQUEST__KIND_FAILOVER:
+        lb_op_failover(d, c, r->failover);
+        return false;
+    case LB__RPC_REQUEST__KIND_TOP:
+        answer(c, lb_op_top(d, &err), &err);
+        return false;
+    case LB__RPC_REQUEST__KIND_STOP:
+        return stop_protected(c, r) ? false : to_worker(c, r);
+    case LB__RPC_REQUEST__KIND_RELEASE:
+        return may_release(c, r->release) && to_worker(c, r);
     case LB__RPC_REQUEST__KIND_RUN:
     case LB__RPC_REQUEST__KIND_ADOPT:
-    case LB__RPC_REQUEST__KIND_RELEASE:
     case LB__RPC_REQUEST__KIND_STATUS:
     case LB__RPC_REQUEST__KIND_SHOW:
-    case LB__RPC_REQUEST__KIND_STOP:
     case LB__RPC_REQUEST__KIND_RECOVER:
         return to_worker(c, r);
     default:
@@ -356,7 +470,7 @@ static void on_read(struct bufferevent *bev, void *arg)
     uint8_t head[4];
     uint32_t len;
 
-    if (c->closing || c->watching) {
+    if (c->closing || c->watching || c->wait != LB_WAIT_NONE) {
         evbuffer_drain(in, evbuffer_get_length(in));
         return;
     }

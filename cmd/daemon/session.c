@@ -1,13 +1,15 @@
 /*
  * cmd/daemon/session.c - one piece of work in a process of its own (lifeboatd --session).
  *
- *   main thread    out: lb_migrate_out, in: lb_serve_channel, recover: lb_recover_vm
+ *   main thread    out: lb_migrate_out, in: lb_serve_channel, recover: lb_recover_vm,
+ *                  protect: lb_protect_run, backup: lb_backup_serve (role in, until it turns out)
  *   link thread    keeps the connection to the supervisor: says who we are, sends events and the
  *                  result, takes orders (cancel) and bulk connections
  *
  * The supervisor may die and come back: the link connects again and repeats what
  * the new one has to know. Nothing the engine does waits for it, except a
- * destination that needs its bulk connections routed.
+ * destination that needs its bulk connections routed. Protections last for months: their
+ * log is kept short.
  */
 #include "cmd/daemon/daemon.h"
 
@@ -19,10 +21,13 @@
 #include <sodium.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <netdb.h>
 
 #include "core/qemu/qemu.h"
+#include "remus/remus.h"
 
 #define START_FD 3
 #define CONN_FD 4
@@ -40,15 +45,22 @@ struct sess {
     Lb__SessionStart *start;
     char id[33];
     char *sessions_path;
-    int cancel_fd, wake_fd;
+    int cancel_fd, wake_fd, failover_fd;
     pthread_t thread;
+
+    /* written before failover_fd, read after it */
+    bool failover_force;
+
+    /* main thread only */
+    bool promoted;             /* role backup: the VM runs here */
 
     /* locked by mu */
     pthread_mutex_t mu;
     pthread_cond_t cond;
-    char vm[128], peer[128];
-    bool hello_due, preflight_due, progress_due, want_due;
-    char *preflight, *progress;
+    char role[16], vm[128], peer[128];
+    bool hello_due, preflight_due, progress_due, protect_due, want_due;
+    char *preflight, *progress, *protect;
+    char *log_path;            /* set once */
     bool wants, noted, cancelled;
     uint8_t want_id[LB_SESSION_ID_BYTES];
     int conns[MAX_CONNS];
@@ -90,14 +102,15 @@ static int send_due(struct sess *s, int fd)
     if (s->hello_due) {
         Lb__SessionHello h = LB__SESSION_HELLO__INIT;
         uint8_t id[LB_SESSION_ID_BYTES];
-        char vm[128], peer[128];
+        char role[16], vm[128], peer[128];
 
         s->hello_due = false;
+        memcpy(role, s->role, sizeof(role));
         memcpy(vm, s->vm, sizeof(vm));
         memcpy(peer, s->peer, sizeof(peer));
         pthread_mutex_unlock(&s->mu);
         lb_unhex(id, sizeof(id), s->id);
-        h.role = s->start->role;
+        h.role = role;
         h.session_id = (ProtobufCBinaryData){sizeof(id), id};
         h.vm = vm;
         h.peer = peer;
@@ -114,14 +127,15 @@ static int send_due(struct sess *s, int fd)
         e.kind_case = LB__SESSION_EVENT__KIND_WANT_SESSION_ID;
         e.want_session_id = (ProtobufCBinaryData){sizeof(id), id};
         rc = send_event(fd, &e);
-    } else if (s->preflight_due || s->progress_due) {
-        bool pre = s->preflight_due;
-        LB_AUTO_FREE char *text = lb_strdup(pre ? s->preflight : s->progress);
+    } else if (s->preflight_due || s->progress_due || s->protect_due) {
+        bool *due = s->preflight_due  ? &s->preflight_due
+                    : s->progress_due ? &s->progress_due
+                                      : &s->protect_due;
+        LB_AUTO_FREE char *text = lb_strdup(due == &s->preflight_due  ? s->preflight
+                                            : due == &s->progress_due ? s->progress
+                                                                      : s->protect);
 
-        if (pre)
-            s->preflight_due = false;
-        else
-            s->progress_due = false;
+        *due = false;
         pthread_mutex_unlock(&s->mu);
         rc = send_text(fd, text);
     } else if (s->final && !s->final_sent) {
@@ -138,7 +152,7 @@ static int send_due(struct sess *s, int fd)
 
 static bool anything_due(const struct sess *s)
 {
-    return s->hello_due || s->want_due || s->preflight_due || s->progress_due ||
+    return s->hello_due || s->want_due || s->preflight_due || s->progress_due || s->protect_due ||
            (s->final && !s->final_sent);
 }
 
@@ -160,6 +174,12 @@ static void obey(struct sess *s, const Lb__SessionOrder *o, int *fd)
         break;
     case LB__SESSION_ORDER__KIND_NOTED:
         s->noted = true;
+        break;
+    case LB__SESSION_ORDER__KIND_FAILOVER:
+        s->failover_force = o->failover->force;
+        lb_log(LB_LOG_INFO, "failover was asked for%s", s->failover_force ? ", by force" : "");
+        if (write(s->failover_fd, &one, sizeof(one)) != sizeof(one))
+            lb_log(LB_LOG_DEBUG, "asked for already");
         break;
     default:
         break;
@@ -194,10 +214,26 @@ static int take_order(struct sess *s, int sock)
     return 0;
 }
 
+/* A session that lasts must not fill the disk with what it says: its log begins anew, what there was
+ * stays beside it until the next time. */
+static void bound_log(const char *path)
+{
+    struct stat st;
+
+    if (!path || stat(path, &st) || st.st_size <= MAX_LOG_BYTES)
+        return;
+    LB_AUTO_FREE char *old = lb_asprintf("%s.old", path);
+    LB_AUTO_FD int fd = open(path, O_RDONLY | O_CLOEXEC);
+    LB_AUTO_FD int copy = open(old, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    if (fd < 0 || copy < 0 || sendfile(copy, fd, NULL, (size_t)st.st_size) < 0 || truncate(path, 0))
+        lb_log(LB_LOG_DEBUG, "cannot shorten the log");
+}
+
 /* One connection, until it breaks or we stop. */
 static void serve_link(struct sess *s, int fd)
 {
     struct pollfd p[2] = {{.fd = fd, .events = POLLIN}, {.fd = s->wake_fd, .events = POLLIN}};
+    const char *log;
     uint64_t count;
 
     pthread_mutex_lock(&s->mu);
@@ -206,6 +242,7 @@ static void serve_link(struct sess *s, int fd)
     s->noted = false;
     s->preflight_due = s->preflight != NULL;
     s->progress_due = s->progress != NULL;
+    s->protect_due = s->protect != NULL;
     while (!s->stop) {
         while (anything_due(s))
             if (send_due(s, fd)) {
@@ -214,7 +251,9 @@ static void serve_link(struct sess *s, int fd)
             }
         if (s->stop)
             break;
+        log = s->log_path;
         pthread_mutex_unlock(&s->mu);
+        bound_log(log);
         if (poll(p, 2, -1) < 0 && errno != EINTR)
             return;
         if (p[1].revents && read(s->wake_fd, &count, sizeof(count)) < 0)
@@ -284,6 +323,20 @@ static void on_preflight(const char *json, void *arg)
     set_text(s, &s->preflight, &s->preflight_due, lb_json_dump(o));
 }
 
+/* What the engines of protection say of themselves. */
+static void on_status(const struct lb_protect_status *p, void *arg)
+{
+    LB_AUTO_FREE char *text = lb_protect_status_json(p);
+    struct sess *s = arg;
+    json_t *o = text ? json_loads(text, 0, NULL) : NULL;
+
+    if (!o)
+        return;
+    json_object_set_new(o, "event", json_string("protect"));
+    json_object_set_new(o, "vm", lb_json_text(s->vm));
+    set_text(s, &s->protect, &s->protect_due, lb_json_dump(o));
+}
+
 /* mu held. false when the time is over. */
 static bool wait_until(struct sess *s, uint64_t deadline_ns)
 {
@@ -340,6 +393,9 @@ static int take_conn(unsigned timeout_ms, struct lb_error *err, void *arg)
 
 /* --------------------------------------------------------------------- the work */
 
+static int serve_backup(const struct lb_session_env *base, struct lb_chan *chan, const char *peer,
+                        Lb__Control *first, char *vm_name, struct lb_error *err);
+
 static struct lb_session_env env_of(struct sess *s, const struct lb_identity *id)
 {
     struct lb_session_env e = {
@@ -353,6 +409,7 @@ static struct lb_session_env env_of(struct sess *s, const struct lb_identity *id
         .take_conn = take_conn,
         .arg = s,
         .config_path = s->start->config_path,
+        .serve_other = serve_backup,
     };
 
     lb_unhex(e.session_id, sizeof(e.session_id), s->id);
@@ -361,8 +418,12 @@ static struct lb_session_env env_of(struct sess *s, const struct lb_identity *id
 
 static void open_log(struct sess *s, const char *name)
 {
-    LB_AUTO_FREE char *path = lb_asprintf("%s/log/%s.log", s->start->state_dir, name);
+    char *path = lb_asprintf("%s/log/%s.log", s->start->state_dir, name);
     int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+
+    pthread_mutex_lock(&s->mu);
+    s->log_path = path;
+    pthread_mutex_unlock(&s->mu);
 
     if (fd < 0) {
         lb_log(LB_LOG_WARN, "cannot open %s: %s", path, strerror(errno));
@@ -482,6 +543,110 @@ static int migrate_out(struct sess *s, const struct lb_identity *id, char **json
     return rc;
 }
 
+/* -------------------------------------------------------------------- protection */
+
+static struct lb_remus_env remus_env_of(struct sess *s, const struct lb_session_env *base)
+{
+    return (struct lb_remus_env){.base = *base, .failover_fd = s->failover_fd,
+                                 .failover_force = &s->failover_force, .status = on_status};
+}
+
+static char *end_json(const struct sess *s, const char *end)
+{
+    json_t *o = json_object();
+
+    json_object_set_new(o, "vm", lb_json_text(s->vm));
+    json_object_set_new(o, "host", lb_json_text(s->peer));
+    json_object_set_new(o, "end", json_string(end));
+    return lb_json_dump(o);
+}
+
+/* The wish, the entry (locked: returns the lock) and the other host. */
+static int load_protection(struct sess *s, struct lb_protect_wish *wish, struct lb_vm_entry *e,
+                           struct lb_hosts *hosts, struct lb_error *err)
+{
+    const char *dir = s->start->state_dir;
+    LB_AUTO_FD int lock = lb_vm_lock_patiently(dir, s->vm, LOCK_WAIT_MS, err);
+
+    if (lock < 0)
+        return -1;
+    if (lb_vm_entry_load(dir, s->vm, e, err)) {
+        lb_vm_entry_remove(dir, s->vm, NULL);
+        return -1;
+    }
+    if (e->state != LB_VM_RUNNING)
+        return lb_fail(err, LB_E_STATE, "VM %s is %s", s->vm, lb_vm_state_name(e->state));
+    if (lb_wish_load(dir, s->vm, wish, err) || lb_hosts_load(dir, hosts, err))
+        return -1;
+    if (!lb_hosts_by_name(hosts, s->peer))
+        return lb_fail(err, LB_E_NOT_FOUND, "host %s is not known here", s->peer);
+    return LB_STEAL_FD(lock);
+}
+
+static int protect(struct sess *s, const struct lb_identity *id, char **json, struct lb_error *err)
+{
+    static const struct lb_protect_status beginning = {.role = "primary", .state = "connecting"};
+    LB_AUTO_FREE struct lb_protect_wish *wish = lb_alloc(sizeof(*wish));
+    struct lb_session_env base = env_of(s, id);
+    struct lb_remus_env env = remus_env_of(s, &base);
+    struct lb_protect_status first = beginning;
+    enum lb_protect_end how = LB_PROTECT_FAILED;
+    struct lb_hosts hosts = {0};
+    struct lb_vm_entry e;
+    int rc;
+
+    open_log(s, s->id);
+    first.backup = s->peer;
+    first.interval_ms = LB_REMUS_INTERVAL_MS;
+    first.lease_left_ms = -1;
+    on_status(&first, s);
+    LB_AUTO_FD int lock = load_protection(s, wish, &e, &hosts, err);
+    rc = lock < 0 ? -1
+                  : lb_protect_run(&env, &e, lb_hosts_by_name(&hosts, s->peer), &wish->opts, &how, err);
+    lb_hosts_free(&hosts);
+    *json = end_json(s, lb_protect_end_name(how));
+    return rc;
+}
+
+/* The host that it came from may be its backup next time: it takes the place of this one. */
+static void remember_peer(struct sess *s)
+{
+    LB_AUTO_FREE struct lb_protect_wish *w = lb_alloc(sizeof(*w));
+    struct lb_error err = LB_ERROR_INIT;
+
+    if (lb_wish_load(s->start->state_dir, s->vm, w, &err)) {
+        lb_log_error(LB_LOG_WARN, &err);
+        return;
+    }
+    for (unsigned i = 0; i < w->n_backups; i++)
+        if (!strcmp(w->backups[i], s->peer))
+            return;
+    if (!w->n_backups || w->n_backups == LB_PROTECT_MAX_BACKUPS)
+        return;
+    snprintf(w->backups[w->n_backups++], sizeof(w->backups[0]), "%s", s->peer);
+    if (lb_wish_save(s->start->state_dir, s->vm, w, &err))
+        lb_log_error(LB_LOG_WARN, &err);
+}
+
+/* serve_other of the environment: what came in is the beginning of a protection. */
+static int serve_backup(const struct lb_session_env *base, struct lb_chan *chan, const char *peer,
+                        Lb__Control *first, char *vm_name, struct lb_error *err)
+{
+    struct sess *s = base->arg;
+    struct lb_remus_env env = remus_env_of(s, base);
+    int rc;
+
+    pthread_mutex_lock(&s->mu);
+    snprintf(s->role, sizeof(s->role), "backup");
+    s->hello_due = true;
+    pthread_mutex_unlock(&s->mu);
+    wake(s);
+    rc = lb_backup_serve(&env, chan, peer, first, vm_name, &s->promoted, err);
+    if (!rc && s->promoted)
+        remember_peer(s);
+    return rc;
+}
+
 static bool trusted(const uint8_t pub[LB_KEY_BYTES], void *arg)
 {
     return lb_hosts_by_key(arg, pub) != NULL;
@@ -548,7 +713,9 @@ static int serve_in(struct sess *s, const struct lb_identity *id, char **json,
         if (lock >= 0 && lb_vm_entry_load(env.state_dir, vm, &e, NULL))
             lb_vm_entry_remove(env.state_dir, vm, NULL);
     }
-    if (!rc) {
+    if (!rc && !strcmp(s->role, "backup")) {
+        *json = end_json(s, s->promoted ? "promoted" : "discarded");
+    } else if (!rc) {
         json_t *o = json_object();
 
         json_object_set_new(o, "vm", lb_json_text(vm));
@@ -612,13 +779,15 @@ static int begin(struct sess *s, struct lb_error *err)
     if (fcntl(CONN_FD, F_GETFD) >= 0)
         fcntl(CONN_FD, F_SETFD, FD_CLOEXEC);
     lb_hex(s->id, s->start->session_id.data, LB_SESSION_ID_BYTES);
+    snprintf(s->role, sizeof(s->role), "%s", s->start->role);
     snprintf(s->vm, sizeof(s->vm), "%.127s", s->start->vm);
     snprintf(s->peer, sizeof(s->peer), "%.127s", s->start->host);
     set_fields(s);
     s->sessions_path = lb_asprintf("%s/sessions.sock", s->start->state_dir);
     s->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (s->cancel_fd < 0 || s->wake_fd < 0)
+    s->failover_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (s->cancel_fd < 0 || s->wake_fd < 0 || s->failover_fd < 0)
         return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot make an event descriptor");
     pthread_mutex_init(&s->mu, NULL);
     pthread_condattr_init(&attr);
@@ -700,6 +869,8 @@ int lb_session_main(void)
         rc = -1;
     else if (!strcmp(s.start->role, "out"))
         rc = migrate_out(&s, &id, &json, &err);
+    else if (!strcmp(s.start->role, "protect"))
+        rc = protect(&s, &id, &json, &err);
     else if (!strcmp(s.start->role, "in"))
         rc = serve_in(&s, &id, &json, &err);
     else

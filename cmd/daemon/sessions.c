@@ -52,7 +52,18 @@ static void session_free(struct session *s)
         close(s->pidfd);
     free(s->preflight);
     free(s->progress);
+    free(s->protect);
     free(s);
+}
+
+/* A session that accepted a connection turns out to hold a standby. */
+static void set_role(struct session *s, const char *role)
+{
+    if (!strcmp(s->role, "in"))
+        s->d->n_in--;
+    snprintf(s->role, sizeof(s->role), "%s", role);
+    if (!strcmp(s->role, "in"))
+        s->d->n_in++;
 }
 
 /* ------------------------------------------------------------------------ end */
@@ -63,7 +74,7 @@ static void finish(struct session *s)
 {
     struct daemon *d = s->d;
     struct lb_error e = LB_ERROR_INIT;
-    bool recovery = !strcmp(s->role, "recover");
+    bool undecided;
 
     if (s->conn)
         drain(s->conn);
@@ -77,12 +88,15 @@ static void finish(struct session *s)
                       "%.200s/log/%s.log", s->vm, d->opt.state_dir, s->id);
         if (s->vm[0])
             lb_log_error(LB_LOG_ERROR, &e);
+        s->error = e;
         lb_clients_failure(s, &e, NULL);
     }
     lb_log(LB_LOG_DEBUG, "session %s role=%s vm=%s ended", s->id, s->role, s->vm);
+    lb_protect_ended(s);
+    /* A recovery that decided nothing is tried again by its timer, not at once. */
+    undecided = !strcmp(s->role, "recover") && s->error.code;
     session_free(s);
-    /* A recovery that decided nothing is tried again by the timer, not at once. */
-    if (!recovery)
+    if (!undecided)
         lb_daemon_scan(d);
 }
 
@@ -206,6 +220,17 @@ int lb_session_order_cancel(struct session *s, struct lb_error *err)
     return order(s, &o, -1, err);
 }
 
+int lb_session_order_failover(struct session *s, bool force, struct lb_error *err)
+{
+    Lb__SessionOrder o = LB__SESSION_ORDER__INIT;
+    Lb__SessionFailover f = LB__SESSION_FAILOVER__INIT;
+
+    f.force = force;
+    o.kind_case = LB__SESSION_ORDER__KIND_FAILOVER;
+    o.failover = &f;
+    return order(s, &o, -1, err);
+}
+
 int lb_session_order_conn(struct session *s, int fd, struct lb_error *err)
 {
     LB_AUTO_FD int mine = fd;
@@ -227,10 +252,8 @@ static bool hello(struct link *l, const Lb__SessionHello *h)
         s->d = l->d;
         s->pid = l->pid;
         s->was_adopted = true;
-        snprintf(s->role, sizeof(s->role), "%s", h->role);
         LIST_INSERT_HEAD(&l->d->sessions, s, link);
-        if (!strcmp(s->role, "in"))
-            l->d->n_in++;
+        set_role(s, h->role);
         if (watch(s)) {
             session_free(s);
             return false;
@@ -241,6 +264,8 @@ static bool hello(struct link *l, const Lb__SessionHello *h)
         link_free(s->conn);
     l->s = s;
     s->conn = l;
+    if (strcmp(s->role, h->role))
+        set_role(s, h->role);
     /* Of a session that came over from an earlier supervisor; a new one says what we know. */
     if (!s->id[0] && h->session_id.len == LB_SESSION_ID_BYTES)
         lb_hex(s->id, h->session_id.data, LB_SESSION_ID_BYTES);
@@ -262,6 +287,7 @@ static void event_of(struct session *s, const char *text)
     json_t *o = json_loads(text, 0, NULL);
     const char *kind = json_string_value(json_object_get(o, "event"));
     const char *state = json_string_value(json_object_get(o, "state"));
+    const char *note = json_string_value(json_object_get(o, "note"));
 
     if (kind && !strcmp(kind, "preflight"))
         replace(&s->preflight, text);
@@ -270,8 +296,28 @@ static void event_of(struct session *s, const char *text)
         if (state)
             snprintf(s->state, sizeof(s->state), "%s", state);
     }
-    if (kind)
+    if (kind && !strcmp(kind, "protect")) {
+        replace(&s->protect, text);
+        if (state) {
+            snprintf(s->state, sizeof(s->state), "%s", state);
+            lb_protect_event(s, state, note ? note : "", text);
+        }
+    } else if (kind) {
         lb_clients_event(s, text);
+        if (!strcmp(s->role, "protect"))
+            lb_clients_tell(s->d, s->vm, text);
+    }
+    json_decref(o);
+}
+
+/* How a protection ended comes with its last words, good or bad. */
+static void note_end(struct session *s, const char *text)
+{
+    json_t *o = json_loads(text, 0, NULL);
+    const char *how = json_string_value(json_object_get(o, "end"));
+
+    if (how)
+        snprintf(s->end, sizeof(s->end), "%s", how);
     json_decref(o);
 }
 
@@ -288,11 +334,12 @@ static bool handle(struct link *l, const Lb__SessionEvent *e)
     switch (e->kind_case) {
     case LB__SESSION_EVENT__KIND_EVENT_JSON:
         event_of(s, e->event_json);
-        return true;
+        return s->conn == l;
     case LB__SESSION_EVENT__KIND_RESULT_JSON:
         s->ended = true;
         if (!strcmp(s->role, "recover"))
             lb_log(LB_LOG_INFO, "vm=%s recovered: %s", s->vm, e->result_json);
+        note_end(s, e->result_json);
         lb_clients_result(s, e->result_json);
         return true;
     case LB__SESSION_EVENT__KIND_FAILURE:
@@ -302,6 +349,8 @@ static bool handle(struct link *l, const Lb__SessionEvent *e)
         if (strcmp(s->role, "in")) /* that one logs for itself */
             lb_log(err.code == LB_E_UNDECIDED ? LB_LOG_DEBUG : LB_LOG_WARN, "vm=%s %s: %s", s->vm,
                    s->role, err.message);
+        s->error = err;
+        note_end(s, e->failure->json);
         lb_clients_failure(s, &err, e->failure->json);
         return true;
     case LB__SESSION_EVENT__KIND_WANT_SESSION_ID:
@@ -497,12 +546,10 @@ struct session *lb_session_spawn(struct daemon *d, const char *role, const char 
     s->d = d;
     s->pid = pid;
     lb_hex(s->id, id, sizeof(id));
-    snprintf(s->role, sizeof(s->role), "%s", role);
+    set_role(s, role);
     snprintf(s->vm, sizeof(s->vm), "%s", vm ? vm : "");
     snprintf(s->peer, sizeof(s->peer), "%s", host ? host : "");
     LIST_INSERT_HEAD(&d->sessions, s, link);
-    if (!strcmp(role, "in"))
-        d->n_in++;
     if (watch(s)) {
         lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot watch a session");
         kill(pid, SIGKILL);

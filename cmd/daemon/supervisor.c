@@ -3,9 +3,10 @@
  *
  * The scan looks at every entry of the registry: a VM that is in the middle of a
  * migration and that nobody works on (its session died, or this host just came
- * up) gets a session of role "recover"; a VM whose process is gone becomes dead.
- * It runs at start, when a session ends, and every 2 s; what cannot be decided
- * (the other host does not answer) is tried again at the next scan.
+ * up) gets a session of role "recover"; a VM that runs here and is to be protected gets one
+ * of role "protect"; a VM whose process is gone becomes dead. It runs at start, when
+ * a session ends, and every 2 s; what did not succeed (the other host does not
+ * answer) is tried again later and later (protect.c).
  */
 #include "cmd/daemon/daemon.h"
 
@@ -46,16 +47,6 @@ static void note_death(struct daemon *d, const char *name)
         lb_log(LB_LOG_WARN, "vm=%s its process %d is gone", name, (int)e.proc.pid);
 }
 
-static void recover(struct daemon *d, const char *name)
-{
-    struct lb_error err = LB_ERROR_INIT;
-
-    if (lb_session_of_vm(d, name) || lb_vm_is_locked(d->opt.state_dir, name))
-        return;
-    if (!lb_session_spawn(d, "recover", name, NULL, NULL, -1, &err))
-        lb_log_error(LB_LOG_ERROR, &err);
-}
-
 void lb_daemon_scan(struct daemon *d)
 {
     LB_AUTO_FREE struct lb_vm_entry *v = NULL;
@@ -71,18 +62,21 @@ void lb_daemon_scan(struct daemon *d)
         case LB_VM_RUNNING:
             if (!lb_proc_alive(&v[i].proc))
                 note_death(d, v[i].name);
+            else
+                lb_protect_scan(d, &v[i]);
             break;
         case LB_VM_MIGRATING_OUT:
         case LB_VM_INCOMING:
         case LB_VM_HANDED_OVER:
         case LB_VM_PROTECTED:
         case LB_VM_STANDBY:
-            recover(d, v[i].name);
+            lb_recover_scan(d, &v[i]);
             break;
         case LB_VM_DEAD:
             break;
         }
     }
+    lb_wards_prune(d, v, n);
 }
 
 /* A receiver journalled PREPARED whose entry is gone never ran: make that answer durable
@@ -305,6 +299,7 @@ int lb_daemon_run(const struct daemon_options *opt, struct lb_error *err)
     LIST_INIT(&d->sessions);
     LIST_INIT(&d->peers);
     LIST_INIT(&d->workers);
+    LIST_INIT(&d->wards);
     if (sodium_init() < 0)
         return lb_fail(err, LB_E_INTERNAL, "libsodium does not start");
     rc = start(d, err);

@@ -92,7 +92,7 @@ eventually() { # eventually NAME COMMAND...
 }
 
 # ---- without a daemon
-commands="run adopt release ls status show stop migrate preflight cancel recover history host"
+commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host"
 run "--help" 0 --help
 for c in $commands; do [[ $out == *"  $c "* ]] || point "--help lists $c" 1 "$out"; done
 run "--version" 0 --version
@@ -146,6 +146,12 @@ json_has "o == {'history': []}"
 a "recover with no VM" 0 recover --json
 json_has "o['vms'] == [] and o['failed'] is False"
 a "ls takes no name" 2 ls x
+a "top" 0 top --json
+json_has "o == {'protections': []}"
+a "top as a table" 0 top --once
+out_has "PAUSE p50/p99"
+a "top takes no name" 2 top x
+a "top --interval" 2 top --interval soon
 failure "status of nothing" 3 not-found status ghost
 failure "show of nothing" 3 not-found show ghost
 failure "stop of nothing" 3 not-found stop ghost
@@ -154,6 +160,9 @@ failure "cancel of nothing" 3 not-found cancel ghost
 failure "recover of nothing" 3 not-found recover ghost
 failure "migrate of nothing" 3 not-found migrate ghost b
 failure "preflight of nothing" 3 not-found preflight ghost b
+failure "protect of nothing" 3 not-found protect ghost --manual
+failure "unprotect of nothing" 3 not-found unprotect ghost
+failure "failover of nothing" 3 not-found failover ghost
 failure "a name like a path" 2 usage status ../../etc
 [ ! -e "$dir/a/vms/ghost" ]; point "a VM that is not there leaves nothing" $? "$(ls -la "$dir/a/vms")"
 a "history --limit" 0 history --limit 5
@@ -163,6 +172,13 @@ for word in "--bandwidth fast" "--max-downtime 0" "--channels 0" "--channels 65"
     # shellcheck disable=SC2086 # two words
     a "migrate $word" 2 migrate vm b $word
 done
+
+for word in "--interval 0" "--interval 2s" "--lease 10ms" "--lease 61s" "--disk raw" "--witness w1:2379" "--witness etcd:" \
+    "--manual --fence x" "--witness etcd:http://w1 --manual" "--bandwidth fast" "--delta-cache lots" "--channels 65" "--backup ,"; do
+    # shellcheck disable=SC2086 # words
+    a "protect $word" 2 protect vm $word
+done
+a "protect of two" 2 protect vm b --manual
 
 # ---- hosts
 a "host id" 0 host id
@@ -279,6 +295,15 @@ else
     b "a dry run leaves nothing" 0 ls --json
     json_has "o == {'vms': []}"
 
+    failure "protect without a witness" 2 usage protect vm --backup b
+    err_has "--manual"
+    failure "protect by an unknown host" 3 not-found protect vm --backup nowhere --manual
+    failure "protect by a host named twice" 2 usage protect vm --backup b,b --manual
+    failure "unprotect of what is not protected" 5 state unprotect vm
+    failure "failover of what is not protected" 5 state failover vm
+    a "a refused protection" 0 status vm --json
+    json_has "o['state'] == 'running' and 'protect' not in o and 'wish' not in o"
+
     # slow enough to look at
     slow=(--bandwidth 10KB --compress off --no-throttle)
     a "migrate --detach" 0 migrate vm b --detach --json "${slow[@]}"
@@ -342,6 +367,84 @@ else
     b "stop" 0 stop vm --json
     json_has "o['stopped'] is True and o['forced'] is False"
     [ -z "$(ls -A "$dir/b/vms")" ]; point "stop leaves nothing" $? "$(find "$dir/b/vms")"
+
+    # protected; what a protection does to a guest is for other tests
+    a "run it again" 0 run vm -- $qemu "${machine[@]}"
+    a "protect" 0 protect vm --backup b --manual --disk none
+    out_has "protection by host b begins"
+    out_has "nothing, until somebody says"
+    out_has "VM vm is protected by host b"
+    a "a second protection of it" 5 protect vm --backup b --manual
+    a "status of the primary" 0 status vm --json
+    json_has "o['state'] == 'protected' and o['session']['role'] == 'protect' and o['wish']['backups'] == ['b'] and o['wish']['disk'] == 'none'"
+    json_has "(lambda p: p['role'] == 'primary' and p['state'] == 'protected' and p['host'] == 'b' and p['epoch'] > 0)(o['protect'])"
+    a "status for people" 0 status vm
+    out_has "protected: host b can take over"
+    a "ls of a protected VM" 0 ls
+    out_has "epochs/s"
+    a "top of the primary" 0 top --json
+    json_has "[(p['vm'], p['role'], p['host'], p['witness']) for p in o['protections']] == [('vm', 'primary', 'b', 'manual')]"
+    b "status of the backup" 0 status vm --json
+    json_has "o['state'] == 'standby' and o['session']['role'] == 'backup' and o['protect']['role'] == 'backup' and o['protect']['host'] == 'a'"
+    b "top of the backup" 0 top
+    out_has "backup"
+    failure "migrate of a protected VM" 5 state migrate vm b
+    err_has "unprotect vm"
+    failure "release of a protected VM" 5 state release vm
+    failure "cancel of a protected VM" 5 state cancel vm
+    failure "failover on the primary" 5 state failover vm
+    err_has "on host b"
+    for command in "unprotect vm" "stop vm" "release vm" "migrate vm a" "protect vm --manual" "cancel vm"; do
+        # shellcheck disable=SC2086 # words
+        b "on the standby: $command" 5 $command
+    done
+    a "status" 0 status vm --json
+    session=$(get "['session']['pid']")
+    kill -9 "${daemons[-1]}" # that of a: it was started again above
+    start a --listen "127.0.0.1:$port_a"
+    # shellcheck disable=SC2016
+    eventually "a new daemon knows the protection" sh -c '"$1/lifeboat" --host "$2/a.sock" top --json | grep -q "\"state\":\"protected\""' sh "$bin" "$dir"
+    a "status after kill -9 of the daemon" 0 status vm --json
+    json_has "o['session']['pid'] == $session"
+    a "unprotect" 0 unprotect vm --json
+    json_has "o == {'vm': 'vm', 'host': 'b', 'unprotected': True}"
+    a "status after unprotect" 0 status vm --json
+    json_has "o['state'] == 'running' and o['running'] is True and o['session'] is None and 'protect' not in o"
+    # shellcheck disable=SC2016
+    eventually "the standby is gone" sh -c '[ -z "$(ls -A "$1/b/vms")" ]' sh "$dir"
+    a "protect with events" 0 protect vm --manual --disk none --json --progress
+    lines=$out
+    out=$(tail -n 1 <<<"$lines")
+    json_has "o['protected'] is True and o['host'] == 'b' and o['protect']['state'] == 'protected'"
+    out="[$(head -n -1 <<<"$lines" | paste -sd ,)]"
+    json_has "o[0]['event'] == 'started' and o[0]['wish']['witness'] == 'manual' and {'preflight', 'protect'} <= {e['event'] for e in o}"
+
+    # the session dies: nobody else can have taken over, so the VM comes back, and is protected again
+    a "status" 0 status vm --json
+    kill -9 "$(get "['session']['pid']")"
+    # shellcheck disable=SC2016
+    eventually "after the death of the session" sh -c '! "$1/lifeboat" --host "$2/a.sock" top --json | grep -q "\"state\":\"protected\""' sh "$bin" "$dir"
+    for _ in $(seq 5); do sleep 2; "$bin/lifeboat" --host "$dir/a.sock" top --json | grep -q '"state":"protected"' && break; done
+    a "status after that" 0 status vm --json
+    json_has "o['state'] == 'protected' and o['protect']['state'] == 'protected'"
+
+    b "failover" 0 failover vm --json
+    json_has "o['promoted'] is True and o['vm'] == 'vm'"
+    # shellcheck disable=SC2016
+    eventually "nothing of it is left on a, or its standby" sh -c '! "$1/lifeboat" --host "$2/a.sock" ls --json | grep -q "\"state\":\"\(running\|protected\)\""' sh "$bin" "$dir"
+    for _ in $(seq 10); do sleep 1; "$bin/lifeboat" --host "$dir/b.sock" top --json | grep -q '"state":"protected"' && break; done
+    b "after a failover the VM is protected by where it came from" 0 status vm --json
+    json_has "o['state'] == 'protected' and o['protect']['host'] == 'a' and o['wish']['failovers'] == 1"
+    b "history of a failover" 0 history vm --json
+    json_has "[h['direction'] for h in o['history']][-1] == 'failover'"
+    a "history of giving way" 0 history vm
+    out_has "gave way"
+    b "stop of a protected VM" 0 stop vm --json
+    json_has "o['stopped'] is True"
+    b "stop leaves nothing here" 0 ls --json
+    json_has "o == {'vms': []}"
+    # shellcheck disable=SC2016
+    eventually "stop leaves nothing there" sh -c '[ -z "$(ls -A "$1/a/vms")" ]' sh "$dir"
 
     # by hand, adopted, released, adopted, killed
     $qemu "${machine[@]}" -qmp "unix:$dir/hand.sock,server=on,wait=off" </dev/null >/dev/null 2>&1 &
