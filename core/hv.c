@@ -264,10 +264,10 @@ int lb_hv_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *
     return base->ops->disk_mirror_end(vm, id, err);
 }
 
-int lb_hv_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err)
+int lb_hv_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err)
 {
     struct lb_hv_vm_base *base = base_of(vm);
-    assert(is_source(base) && !base->saving);
+    assert(base->state == LB_HV_RUNNING && step_ns);
     return base->ops->clock_step(vm, step_ns, err);
 }
 

@@ -181,7 +181,7 @@ struct lb_hv_ops {
 
     /* ---- checkpoints (source) ---- */
     /* A hint: from now on (on) every stop is followed by save_begin and that by cont, so that the
-     * commands can be prepared ahead. */
+     * commands can be prepared ahead; and where the guest's clock stands, for clock_step. */
     int (*checkpoint_mode)(struct lb_hv_vm *vm, bool on, struct lb_error *err);
     /* Keep the guest from running, now, whatever the hypervisor is doing (QEMU: SIGSTOP by pidfd).
      * Any thread. off: as before. */
@@ -206,9 +206,10 @@ struct lb_hv_ops {
                               struct lb_mirror_status *out, struct lb_error *err);
     /* End it and forget the export; failed or never begun is success. */
     int (*disk_mirror_end)(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
-    /* Set the guest's paravirtual clock forward by step_ns, guest running or stopped (KVM;
-     * LB_E_UNSUPPORTED elsewhere). */
-    int (*clock_step)(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err);
+    /* Set the guest's paravirtual clock forward by *step_ns, but not further than it has fallen
+     * behind since checkpoint_mode(on); *step_ns becomes what was done. A pause as the caller sees
+     * it is longer than what the guest lost. Guest running (KVM; LB_E_UNSUPPORTED elsewhere). */
+    int (*clock_step)(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err);
 
     /* ---- receiver ---- */
     /* Start an empty receiver as its own process (setsid, survives us), derived from
@@ -288,7 +289,7 @@ int lb_hv_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_socke
 int lb_hv_disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
                              struct lb_mirror_status *out, struct lb_error *err);
 int lb_hv_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
-int lb_hv_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err);
+int lb_hv_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err);
 int lb_hv_launch(const struct lb_hv_ops *ops, const struct lb_vm_desc *desc,
                  const struct lb_launch_opts *opts, struct lb_hv_vm **out, struct lb_error *err);
 int lb_hv_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err);

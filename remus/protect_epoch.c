@@ -190,8 +190,10 @@ static void step_clock(struct prot *p)
     if (p->no_clock || !owed || (owed < CLOCK_LAG_NS && now - p->t_clock < CLOCK_EVERY_NS))
         return;
     p->t_clock = now;
-    if (!lb_hv_clock_step(p->tx.vm, owed, &err)) {
-        p->corrected_ns += owed;
+    uint64_t step = owed;
+    if (!lb_hv_clock_step(p->tx.vm, &step, &err)) {
+        p->corrected_ns += step;
+        p->lag_ns -= owed - step; /* the guest lost less than the pauses took as seen from here */
         return;
     }
     p->no_clock = err.code == LB_E_UNSUPPORTED;

@@ -101,6 +101,6 @@ int lb_fake_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_soc
 int lb_fake_disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
                                struct lb_mirror_status *out, struct lb_error *err);
 int lb_fake_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
-int lb_fake_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err);
+int lb_fake_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err);
 
 #endif

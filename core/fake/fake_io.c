@@ -351,7 +351,7 @@ int lb_fake_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error
 
 /* ------------------------------------------------------------------- clock */
 
-int lb_fake_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err)
+int lb_fake_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err)
 {
     struct guest *g = vm->guest;
 
@@ -360,7 +360,7 @@ int lb_fake_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *e
     if (g->config.no_clock)
         return lb_fail(err, LB_E_UNSUPPORTED, "fake: %s has no clock that can be set", g->name);
     pthread_mutex_lock(&g->lock);
-    g->clock_stepped_ns += step_ns;
+    g->clock_stepped_ns += *step_ns;
     pthread_mutex_unlock(&g->lock);
     return 0;
 }

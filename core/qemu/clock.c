@@ -10,6 +10,10 @@
  * The kernel adds what has passed since R, so nothing is lost between the two calls.  A kernel
  * that does not say R (no TSC clock source) loses those microseconds.  The guest sees a step
  * forward, never one back.
+ *
+ * How far the clock is behind is its distance to CLOCK_MONOTONIC_RAW, which it follows, against
+ * what that was at the start.  More than the caller knows of (somebody else's pause) is not ours
+ * to make up for: it becomes part of the start.
  */
 #include "core/qemu/qemu_internal.h"
 
@@ -19,6 +23,7 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #ifndef KVM_CLOCK_REALTIME
 #define KVM_CLOCK_REALTIME (1u << 2)
@@ -36,7 +41,10 @@ _Static_assert(sizeof(struct clock_data) == sizeof(struct kvm_clock_data), "size
 struct step {
     pid_t pid;
     int vm_fd;
+    bool set;             /* else only look */
     uint64_t step_ns;
+    const int64_t *base;  /* NULL: step in any case */
+    int64_t distance_ns;  /* result: guest's clock minus ours, before the step */
 };
 
 /* Number of the VM's descriptor in QEMU, or -1. */
@@ -69,9 +77,32 @@ static int call(struct lb_injector *in, const struct step *s, unsigned long what
                   : 0;
 }
 
+static int64_t clock_ns(clockid_t which)
+{
+    struct timespec t;
+    clock_gettime(which, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* CLOCK_MONOTONIC_RAW at the moment of the reading. */
+static int64_t raw_of(const struct clock_data *data)
+{
+    int64_t raw = clock_ns(CLOCK_MONOTONIC_RAW);
+    if (data->flags & KVM_CLOCK_REALTIME)
+        raw -= clock_ns(CLOCK_REALTIME) - (int64_t)data->realtime_ns;
+    return raw;
+}
+
+/* What of the step asked for is owed. */
+static uint64_t owed(const struct step *s)
+{
+    int64_t behind = s->base ? *s->base - s->distance_ns : (int64_t)s->step_ns;
+    return behind <= 0 ? 0 : LB_MIN((uint64_t)behind, s->step_ns);
+}
+
 static int step_body(struct lb_injector *in, void *arg, struct lb_error *err)
 {
-    const struct step *s = arg;
+    struct step *s = arg;
     struct clock_data data = {0};
     uint64_t addr;
     if (lb_inject_scratch(in, sizeof(data), &addr, err) < 0)
@@ -81,6 +112,10 @@ static int step_body(struct lb_injector *in, void *arg, struct lb_error *err)
         return -1;
     if (process_vm_readv(s->pid, &ours, 1, &theirs, 1, 0) != (ssize_t)sizeof(data))
         return lb_fail_errno(err, LB_E_HV, errno, "cannot read the clock from QEMU");
+    s->distance_ns = (int64_t)data.clock_ns - raw_of(&data);
+    s->step_ns = owed(s);
+    if (!s->set || !s->step_ns)
+        return 0;
     data.clock_ns += s->step_ns;
     data.flags &= KVM_CLOCK_REALTIME;
     if (process_vm_writev(s->pid, &ours, 1, &theirs, 1, 0) != (ssize_t)sizeof(data))
@@ -88,28 +123,28 @@ static int step_body(struct lb_injector *in, void *arg, struct lb_error *err)
     return call(in, s, KVM_SET_CLOCK, addr, err);
 }
 
-static int step_now(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err)
+int lb_qemu_clock_base(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    struct step s = {.pid = vm->proc.pid, .vm_fd = find_vm_fd(vm->proc.pid), .step_ns = step_ns};
+    struct step s = {.pid = vm->proc.pid, .vm_fd = find_vm_fd(vm->proc.pid)};
     if (s.vm_fd < 0)
-        return lb_fail(err, LB_E_UNSUPPORTED, "VM %s does not run under KVM: its clock cannot be set",
-                       vm->name);
-    return lb_inject(vm->proc.pid, step_body, &s, err);
-}
-
-int lb_qemu_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err)
-{
-    if (vm->base.state == LB_HV_RUNNING)
-        return step_now(vm, step_ns, err);
-    if (find_vm_fd(vm->proc.pid) < 0)
-        return step_now(vm, 0, err); /* says why not */
-    vm->clock_owed_ns += step_ns;
+        return 0;
+    if (lb_inject(vm->proc.pid, step_body, &s, err) < 0)
+        return -1;
+    vm->clock_base_ns = s.distance_ns;
+    vm->clock_based = true;
     return 0;
 }
 
-int lb_qemu_clock_settle(struct lb_hv_vm *vm, struct lb_error *err)
+int lb_qemu_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err)
 {
-    uint64_t owed = vm->clock_owed_ns;
-    vm->clock_owed_ns = 0;
-    return owed ? step_now(vm, owed, err) : 0;
+    struct step s = {.pid = vm->proc.pid, .vm_fd = find_vm_fd(vm->proc.pid), .set = true,
+                     .step_ns = *step_ns, .base = vm->clock_based ? &vm->clock_base_ns : NULL};
+    if (s.vm_fd < 0)
+        return lb_fail(err, LB_E_UNSUPPORTED, "VM %s does not run under KVM: its clock cannot be set",
+                       vm->name);
+    if (lb_inject(vm->proc.pid, step_body, &s, err) < 0)
+        return -1;
+    vm->clock_base_ns = LB_MIN(vm->clock_base_ns, s.distance_ns + (int64_t)*step_ns);
+    *step_ns = s.step_ns;
+    return 0;
 }

@@ -254,7 +254,7 @@ static int cont(struct lb_hv_vm *vm, struct lb_error *err)
         return -1;
     }
     vm->stopped_by_us = vm->released = false;
-    return lb_qemu_clock_settle(vm, err);
+    return 0;
 }
 
 static int log_enable(struct lb_hv_vm *vm, struct lb_error *err)
@@ -307,7 +307,8 @@ static int checkpoint_mode(struct lb_hv_vm *vm, bool on, struct lb_error *err)
 {
     free(vm->save_text);
     vm->save_text = NULL;
-    return on ? lb_qemu_save_prepare(vm, err) : 0;
+    vm->clock_based = false;
+    return on && (lb_qemu_clock_base(vm, err) < 0 || lb_qemu_save_prepare(vm, err) < 0) ? -1 : 0;
 }
 
 /* Any thread. SIGSTOP is seen by every thread of QEMU at its next return from the kernel; vCPUs

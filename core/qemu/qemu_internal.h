@@ -137,7 +137,8 @@ struct lb_hv_vm {
     bool stopped_by_us;          /* from before "stop" to the answer to "cont" */
     bool paused_by_others;       /* by a STOP event that was not ours */
     bool released;               /* a final save gave the disks up */
-    uint64_t clock_owed_ns;      /* clock.c: to be set forward when the guest continues */
+    bool clock_based;            /* clock.c */
+    int64_t clock_base_ns;       /* guest's clock minus ours */
     struct lb_qemu_hold *holds;  /* net.c */
     unsigned n_holds;
     struct lb_qemu_mirror *mirrors; /* disk.c */
@@ -255,9 +256,9 @@ void lb_qemu_mirrors_free(struct lb_hv_vm *vm);
 bool lb_qemu_share_rw(struct lb_hv_vm *vm, const char *qdev);
 
 /* ----------------------------------------------------------------- clock.c */
-int lb_qemu_clock_step(struct lb_hv_vm *vm, uint64_t step_ns, struct lb_error *err);
-/* What steps asked for while the guest was stopped: cont sets the clock to what it was. */
-int lb_qemu_clock_settle(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_qemu_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err);
+/* Note how the guest's clock stands to ours now; nothing without KVM. */
+int lb_qemu_clock_base(struct lb_hv_vm *vm, struct lb_error *err);
 
 /* ------------------------------------------------------------------ qemu.c */
 struct lb_hv_vm *lb_qemu_vm_new(const char *name);

@@ -756,8 +756,11 @@ static void clock_and_mode(void **state)
     assert_int_equal(lb_hv_nics(vm, &nics, &n, NULL), 0);
     assert_int_equal(n, 0);
     free(nics);
-    assert_int_equal(lb_hv_clock_step(vm, 5, NULL), 0);
-    assert_int_equal(lb_hv_clock_step(vm, 7, NULL), 0);
+    uint64_t step = 5;
+    assert_int_equal(lb_hv_clock_step(vm, &step, NULL), 0);
+    step = 7;
+    assert_int_equal(lb_hv_clock_step(vm, &step, NULL), 0);
+    assert_true(step == 7);
     assert_int_equal(lb_hv_checkpoint_mode(vm, true, NULL), 0);
     assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
     assert_true(st.clock_stepped_ns == 12 && st.checkpoint_mode);
@@ -775,7 +778,7 @@ static void clock_and_mode(void **state)
     struct lb_fake_config c = busy;
     c.no_clock = true;
     vm = attach(start(&c));
-    assert_int_equal(lb_hv_clock_step(vm, 5, &err), -1);
+    assert_int_equal(lb_hv_clock_step(vm, &step, &err), -1);
     assert_int_equal(err.code, LB_E_UNSUPPORTED);
     lb_hv_detach(vm);
     lb_fake_reset();
