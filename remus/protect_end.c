@@ -109,28 +109,39 @@ static enum lb_verdict_on_us yield(struct prot *p, struct lb_error *err)
 
 /* ------------------------------------------------------------------- taking it down */
 
-/* Stopped, or as good as it gets: what was held leaves in its order, or never. */
-static void end_output(struct prot *p, bool release)
+static bool vm_exists(struct prot *p)
+{
+    struct lb_vm_ident id = lb_entry_ident(&p->entry);
+
+    return lb_hv_exists(p->base->hv, &id);
+}
+
+/* The guest lives: it is stopped, and what was held leaves in its order. It stays stopped. */
+static int release_output(struct prot *p, struct lb_error *err)
+{
+    uint64_t until = lb_now_ns() + DISARM_NS;
+
+    while (p->out_armed && vm_exists(p) && lb_now_ns() < until) {
+        p->tx.stopped = true;
+        if (!lb_hv_stop(p->tx.vm, err) && !lb_output_disarm(p->output, true, err))
+            p->out_armed = false;
+        else
+            lb_sleep_ms(20);
+    }
+    return p->out_armed ? -1 : 0;
+}
+
+/* The guest is dead: what is still held is dropped. */
+static void drop_output(struct prot *p)
 {
     struct lb_vm_ident id = lb_entry_ident(&p->entry);
     struct lb_error err = LB_ERROR_INIT;
-    uint64_t until = lb_now_ns() + DISARM_NS;
 
-    if (!p->out_armed)
-        return;
-    p->out_armed = false;
-    while (release && !p->tx.stopped && lb_hv_exists(p->base->hv, &id)) {
-        p->tx.stopped = true;
-        if (!lb_hv_stop(p->tx.vm, &err))
-            break;
-        p->tx.stopped = lb_now_ns() > until;
-        lb_sleep_ms(20);
-    }
-    if (!lb_output_disarm(p->output, release, &err))
-        return;
-    lb_log_error(LB_LOG_WARN, &err);
-    if (lb_output_clear_stale(&id, p->tx.vm, p->run_dir, &err))
+    lb_tx_hang_up(&p->tx); /* no Ack releases anything any more */
+    lb_output_close(LB_STEAL_PTR(p->output));
+    if (p->out_armed && lb_output_clear_stale(&id, NULL, p->run_dir, &err))
         lb_log_error(LB_LOG_ERROR, &err);
+    p->out_armed = false;
 }
 
 static void end_mirrors(struct prot *p)
@@ -153,21 +164,20 @@ static void save_entry(struct prot *p, enum lb_vm_state state)
         lb_log_error(LB_LOG_ERROR, &err);
 }
 
-/* The hypervisor forgets us; the guest runs, or its process is gone. */
+/* The hypervisor forgets us. 0: the guest runs; 1: its process is gone; -1: it is paused, or cannot speak. */
 static int let_go(struct prot *p, struct lb_error *err)
 {
-    struct lb_vm_ident id = lb_entry_ident(&p->entry);
     struct lb_error e2 = LB_ERROR_INIT;
     int rc = lb_prot_resume(p, &e2);
 
     lb_prot_ship_stop(p); /* a first copy that waits for the link, too */
     if (!rc && p->out_armed) {
         lb_hv_checkpoint_mode(p->tx.vm, false, NULL);
-        end_output(p, true);
-        rc = lb_prot_resume(p, &e2);
+        rc = release_output(p, &e2);
+        rc = lb_prot_resume(p, &e2) || rc ? -1 : 0;
     }
-    end_output(p, true);
-    if (!lb_hv_exists(p->base->hv, &id)) {
+    if (!vm_exists(p)) {
+        drop_output(p);
         if (!p->entry.note[0])
             snprintf(p->entry.note, sizeof(p->entry.note), "its process died while it was protected");
         return 1;
@@ -175,7 +185,7 @@ static int let_go(struct prot *p, struct lb_error *err)
     end_mirrors(p);
     if (!rc)
         return 0;
-    lb_fail(err, LB_E_HV, "VM %s is paused and could not be continued: %.300s", p->entry.name,
+    lb_fail(err, LB_E_HV, "VM %s could not be set free: %.300s", p->entry.name,
             e2.message);
     return lb_remedy(err, "it is tried again by itself; `lifeboat recover %s` tries at once",
                      p->entry.name);
@@ -222,8 +232,7 @@ static void fenced(struct prot *p)
     if (lb_record_move(p->base->state_dir, p->entry.name, &p->rec, LB_PH_FENCED, &err))
         lb_log_error(LB_LOG_ERROR, &err);
     lb_prot_ship_stop(p);
-    p->tx.stopped = true; /* for good: the guard has killed it */
-    end_output(p, false);
+    lb_tx_hang_up(&p->tx);
     if (p->saving) {
         void *buf = NULL;
         size_t len;
@@ -236,6 +245,7 @@ static void fenced(struct prot *p)
         lb_log_error(LB_LOG_ERROR, &err);
         return; /* the record says fenced: recovery destroys it */
     }
+    drop_output(p);
     write_history(p);
     if (lb_vm_entry_remove(p->base->state_dir, p->entry.name, &err))
         lb_log_error(LB_LOG_ERROR, &err);

@@ -224,7 +224,7 @@ static bool output_full(struct prot *p)
     struct lb_output_stats st;
 
     lb_output_get_stats(p->output, &st);
-    return st.held_bytes > LB_PROT_OUTPUT_LIMIT;
+    return st.held_bytes > LB_OUTPUT_LIMIT_BYTES;
 }
 
 static uint64_t due_at(struct prot *p)

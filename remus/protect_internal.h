@@ -35,7 +35,6 @@
 #include "remus/witness.h"
 
 #define LB_PROT_SLOTS 2                        /* epochs captured and not acked */
-#define LB_PROT_OUTPUT_LIMIT (64u << 20)       /* held bytes at which the guest waits for room */
 #define LB_PROT_FRAMES_MAX (1u << 20)          /* of an epoch's output that the backup gets */
 #define LB_PROT_DISCARD_NS UINT64_C(2000000000)  /* Discarded after Discard */
 #define LB_PROT_YIELD_NS UINT64_C(10000000000)   /* last Ack, Promoted */
