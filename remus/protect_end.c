@@ -247,7 +247,10 @@ static void fenced(struct prot *p)
     }
     drop_output(p);
     write_history(p);
-    if (lb_vm_entry_remove(p->base->state_dir, p->entry.name, &err))
+    /* With the entry its directory goes, unless somebody else uses it. */
+    if (lb_vm_entry_remove(p->base->state_dir, p->entry.name, &err) ||
+        lb_record_remove(p->base->state_dir, p->entry.name, &err) ||
+        lb_wish_remove(p->base->state_dir, p->entry.name, &err))
         lb_log_error(LB_LOG_ERROR, &err);
 }
 
