@@ -39,7 +39,7 @@ void lb_disk_ops_free(struct lb_disk_ops *o); /* contents; NULL is fine */
 /* ---- primary */
 struct lb_disk_source;
 struct lb_disk_source_opts {
-    const char *run_dir;     /* directory the VM's process may search: the socket it connects to is here */
+    const char *run_dir;     /* private directory: a socket; the VM's group is let in (g+x) when it has to be */
     uint32_t uid, gid;       /* of the VM's process: nobody else may connect */
     uint64_t limit_bytes;    /* of one epoch; beyond it `pressure` is called once per epoch; 0 = 64 MiB */
     /* Reader thread. A first-copy operation; blocks while the link is busy (back-pressure). */

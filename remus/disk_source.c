@@ -24,6 +24,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #include "migrate/preflight_host.h"
@@ -83,7 +84,7 @@ static int find_plugin(char path[512], struct lb_error *err)
             return 0;
     }
     lb_fail(err, LB_E_UNSUPPORTED, "disks cannot be replicated: %s is neither in %s nor in %s",
-            PLUGIN_FILE, exe, INSTALL_DIR);
+            PLUGIN_FILE, places[0].dir, INSTALL_DIR);
     return lb_remedy(err, "install Lifeboat with `make install`, or protect with --disk none");
 }
 
@@ -145,14 +146,22 @@ static int start_nbdkit(struct lb_disk_source *s, int plugin_end, struct lb_erro
     }
     struct lb_disk_child_opts o = {.argv = argv, .socket = s->socket, .uid = s->opts.uid,
                                    .gid = s->opts.gid, .pass_fd = plugin_end};
-    if (lb_disk_child_start(&o, &s->nbdkit, err) < 0)
-        return -1;
+    return lb_disk_child_start(&o, &s->nbdkit, err);
+}
+
+/* The VM's process has to get to the socket: its group may search our directory. */
+static int let_in(struct lb_disk_source *s, const char *run_dir, struct lb_error *err)
+{
+    struct stat st;
     int e = lb_host_access_as(s->opts.uid, s->opts.gid, s->socket, W_OK);
+    if (e == EACCES && stat(run_dir, &st) == 0 && chown(run_dir, (uid_t)-1, s->opts.gid) == 0 &&
+        chmod(run_dir, (st.st_mode & 07777) | S_IXGRP) == 0)
+        e = lb_host_access_as(s->opts.uid, s->opts.gid, s->socket, W_OK);
     if (e == 0)
         return 0;
     lb_fail_errno(err, LB_E_PREFLIGHT, e, "user %u, who runs the VM, cannot reach %s", s->opts.uid,
                   s->socket);
-    return lb_remedy(err, "let every directory above be searched: chmod o+x");
+    return lb_remedy(err, "let everybody search the directories above: chmod o+x");
 }
 
 /* ---------------------------------------------------------------- the reader */
@@ -413,7 +422,7 @@ static struct lb_disk_source *source_new(const struct lb_hv_disk *disks, unsigne
     return s;
 }
 
-static int source_start(struct lb_disk_source *s, struct lb_error *err)
+static int source_start(struct lb_disk_source *s, const char *run_dir, struct lb_error *err)
 {
     int ends[2], bytes = SOCKET_BYTES;
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -424,7 +433,7 @@ static int source_start(struct lb_disk_source *s, struct lb_error *err)
     /* best effort: with less, writes only wait more often */
     if (setsockopt(plugin_end, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes)) < 0)
         setsockopt(plugin_end, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
-    if (start_nbdkit(s, plugin_end, err) < 0)
+    if (start_nbdkit(s, plugin_end, err) < 0 || let_in(s, run_dir, err) < 0)
         return -1;
     int e = pthread_create(&s->reader, NULL, read_disks, s);
     return e == 0 ? 0 : lb_fail_errno(err, LB_E_INTERNAL, e, "cannot start a thread");
@@ -442,7 +451,7 @@ int lb_disk_source_open(const struct lb_hv_disk *disks, unsigned n,
                      opts->run_dir);
         lb_remedy(err, "use a state directory with a shorter name");
     }
-    if (rc < 0 || source_start(s, err) < 0) {
+    if (rc < 0 || source_start(s, opts->run_dir, err) < 0) {
         source_free(s);
         return -1;
     }

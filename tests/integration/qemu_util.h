@@ -66,7 +66,7 @@ static inline void qemu_dir(struct qemu *q)
     close(fd);
 }
 
-/* args: space-separated, after the common ones; @D is the scratch folder. */
+/* args: space-separated, after the common ones; @D is the scratch folder, a tab becomes a space. */
 static inline void qemu_start_as(struct qemu *q, uid_t uid, const char *args)
 {
     char *argv[64];
@@ -82,8 +82,11 @@ static inline void qemu_start_as(struct qemu *q, uid_t uid, const char *args)
     }
     *out = 0;
     argv[n++] = (char *)qemu_bin();
-    for (char *t = strtok(line, " "); t; t = strtok(NULL, " "))
+    for (char *t = strtok(line, " "); t; t = strtok(NULL, " ")) {
         argv[n++] = t;
+        for (char *tab; (tab = strchr(t, '\t'));)
+            *tab = ' ';
+    }
     char qmp[160];
     snprintf(qmp, sizeof(qmp), "unix:%s,server=on,wait=off", q->qmp);
     argv[n++] = (char *)"-qmp";

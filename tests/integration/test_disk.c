@@ -448,21 +448,29 @@ static void test_nbdkit_dies_with_its_session(void **state)
     close(ready[1]);
 }
 
-static void test_user_who_cannot_reach_the_socket(void **state)
+static void test_user_who_has_to_reach_the_socket(void **state)
 {
     (void)state;
+    char deep[96];
     struct lb_hv_disk disk = {.size_bytes = DISK_BYTES};
     struct heard h = {0};
-    struct lb_disk_source_opts o = {.run_dir = dir, .uid = 65534, .gid = 65534, .direct = on_direct,
+    struct lb_disk_source_opts o = {.run_dir = deep, .uid = 65534, .gid = 65533, .direct = on_direct,
                                     .pressure = on_pressure, .failed = on_failed, .arg = &h};
     struct lb_disk_source *s = NULL;
     struct lb_error why = LB_ERROR_INIT;
+    struct stat st;
+    snprintf(deep, sizeof(deep), "%s/deep", dir);
+    assert_int_equal(mkdir(deep, 0700), 0);
+    /* the one above is not ours to open */
     assert_int_equal(lb_disk_source_open(&disk, 1, &o, &s, &why), -1);
     assert_int_equal(why.code, LB_E_PREFLIGHT);
     assert_true(why.remedy[0] != '\0');
     assert_int_equal(chmod(dir, 0711), 0);
+    assert_int_equal(chmod(deep, 0700), 0);
     OK(lb_disk_source_open(&disk, 1, &o, &s, err));
-    struct stat st;
+    assert_int_equal(stat(deep, &st), 0);
+    assert_int_equal(st.st_mode & 0777, 0710);
+    assert_int_equal(st.st_gid, 65533);
     assert_int_equal(stat(lb_disk_source_socket(s), &st), 0);
     assert_int_equal(st.st_uid, 65534);
     assert_int_equal(st.st_mode & 0777, 0600);
@@ -664,7 +672,7 @@ int main(void)
         T(test_pressure_once_per_epoch),
         T(test_death_of_nbdkit_is_told),
         T(test_nbdkit_dies_with_its_session),
-        T(test_user_who_cannot_reach_the_socket),
+        T(test_user_who_has_to_reach_the_socket),
         T(test_blockers_and_check),
         T(test_qcow2_that_does_not_fit),
         T(test_locks_are_qemus),
