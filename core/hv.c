@@ -231,7 +231,9 @@ int lb_hv_nic_hold(struct lb_hv_vm *vm, const char *id, int fds[2], struct lb_er
 int lb_hv_nic_unhold(struct lb_hv_vm *vm, const char *id, struct lb_error *err)
 {
     struct lb_hv_vm_base *base = base_of(vm);
-    assert(base->state == LB_HV_STOPPED && !base->saving && id);
+    assert(!base->saving && id);
+    if (base->state != LB_HV_STOPPED) /* an end that could not stop the guest first */
+        return lb_fail(err, LB_E_STATE, "the hold of %s ends only while the guest is stopped", id);
     return base->ops->nic_unhold(vm, id, err);
 }
 

@@ -192,7 +192,7 @@ struct lb_hv_ops {
      * then the frame); fds[1]: the same frames written to it go on their way. The reader must never
      * stop reading: a full socket blocks the hypervisor. A dead reader drops (fails closed). */
     int (*nic_hold)(struct lb_hv_vm *vm, const char *id, int fds[2], struct lb_error *err);
-    /* While stopped, everything read and released before. Closes neither fd. */
+    /* While stopped (else LB_E_STATE), everything read and released before. Closes neither fd. */
     int (*nic_unhold)(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
     /* *out malloc'ed, caller frees; only writable disks. */
     int (*disks)(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, struct lb_error *err);
