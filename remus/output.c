@@ -7,9 +7,9 @@
  * Everything is read by whoever has the time: the loop when a card is readable, the engine in mark_end, so that a mark
  * costs a few system calls and no switch of threads. Only the loop writes; disarm ends it first and takes its place.
  *
- * Memory: over LB_OUTPUT_LIMIT_BYTES the engine has to stop the guest (held_bytes says so). At twice that we leave
- * frames in the kernel's own queue, which drops at its end and counts; being read later only puts a frame in a
- * later epoch. The hypervisor's cards are always read.
+ * Memory: the engine stops the guest when held_bytes says so. Should it not, we leave frames in the kernel's own queue
+ * from LB_OUTPUT_LIMIT_BYTES on, which drops at its end and counts; being read later only puts a frame in a later
+ * epoch. The hypervisor's cards are always read.
  *
  * A failed write (a tap went down) loses a frame, as networks do, and is counted. */
 #include "remus/output_internal.h"
@@ -29,7 +29,6 @@
 
 #define READ_BATCH 16u       /* frames read with the lock held */
 #define WRITE_BATCH 64u      /* frames of a card before the next one has its turn */
-#define HARD_LIMIT_BYTES (2 * (uint64_t)LB_OUTPUT_LIMIT_BYTES)
 #define FLUSH_TIMEOUT_MS 2000
 #define LOOP_NICE (-10)      /* clients wait for what it writes */
 
@@ -117,7 +116,7 @@ static int read_card(struct lb_output *o, struct card *c, bool *full, struct lb_
 {
     int r = 0;
     pthread_mutex_lock(&o->lock);
-    *full = c->kind == LB_NIC_TAP && held_bytes(o) > HARD_LIMIT_BYTES;
+    *full = c->kind == LB_NIC_TAP && held_bytes(o) > LB_OUTPUT_LIMIT_BYTES;
     if (!c->broken && !*full && c->kind == LB_NIC_TAP)
         r = read_tap(c, err);
     else if (!c->broken && c->kind == LB_NIC_INSIDE)
@@ -250,7 +249,7 @@ static void on_event(struct lb_output *o, const struct epoll_event *ev)
 static void unpause(struct lb_output *o)
 {
     pthread_mutex_lock(&o->lock);
-    bool room = held_bytes(o) < LB_OUTPUT_LIMIT_BYTES;
+    bool room = held_bytes(o) < LB_OUTPUT_LIMIT_BYTES / 2;
     pthread_mutex_unlock(&o->lock);
     for (unsigned i = 0; room && i < o->n; i++) {
         struct card *c = &o->cards[i];
@@ -329,7 +328,8 @@ static int write_record(struct lb_output *o, struct lb_error *err)
         else if (c->kind == LB_NIC_INSIDE)
             json_array_append_new(cards, json_pack("{s:s}", "inside", c->inside.id));
     }
-    json_t *top = json_pack("{s:I,s:o}", "netns", (json_int_t)o->netns_inode, "cards", cards);
+    json_t *top = json_pack("{s:I,s:I,s:o}", "holder", (json_int_t)getpid(), "netns",
+                            (json_int_t)o->netns_inode, "cards", cards);
     LB_AUTO_FREE char *text = top ? json_dumps(top, JSON_INDENT(1)) : NULL;
     json_decref(top);
     if (!text)
@@ -427,7 +427,8 @@ int lb_output_open(struct lb_hv_vm *vm, const struct lb_vm_ident *ident, const c
     }
     watch(o, EPOLL_CTL_ADD, o->kick_fd, TAG_KICK, EPOLLIN);
     if (add_cards(o, nics, err) < 0 || make_gate(o, err) < 0 ||
-        (any_tap(o) && enter(o, ident, err) < 0) || start_loop(o, err) < 0)
+        (any_tap(o) && enter(o, ident, err) < 0) || write_record(o, err) < 0 ||
+        start_loop(o, err) < 0)
         goto fail;
     *out = o;
     return 0;
@@ -510,8 +511,6 @@ static int disarm_cards(struct lb_output *o, struct lb_error *err)
 int lb_output_arm(struct lb_output *o, struct lb_error *err)
 {
     assert(!o->armed);
-    if (write_record(o, err) < 0)
-        return -1;
     for (unsigned i = 0; i < o->n; i++) {
         if (o->cards[i].kind != LB_NIC_NONE && arm_card(o, i, err) < 0) {
             disarm_cards(o, NULL);
@@ -549,7 +548,8 @@ static int settle(struct lb_output *o, struct card *c, bool release, struct lb_e
     if (c->kind == LB_NIC_NONE || c->broken)
         return 0;
     do { /* what found no room comes after what did */
-        if (drain(o, c, err) < 0 || (release && flush(o, c, err) < 0))
+        int r = drain(o, c, release ? err : NULL);
+        if (release && (r < 0 || flush(o, c, err) < 0))
             return -1;
     } while (release && more_in_kernel(c));
     return 0;

@@ -20,8 +20,8 @@
 
 #include "core/hv.h"
 
-/* Above this many held_bytes the guest has to be stopped until there is less. At twice as many frames stay
- * in the kernel, which drops them in the end (dropped_packets). */
+/* The guest has to be stopped well before this many held_bytes: from here on frames stay in the kernel, which
+ * drops them in the end (dropped_packets). */
 #define LB_OUTPUT_LIMIT_BYTES (256u << 20)
 struct lb_output_stats {          /* any thread, any time */
     uint64_t held_packets, held_bytes;         /* now */
@@ -66,8 +66,9 @@ bool lb_output_waiting(struct lb_output *o);
 void lb_output_close(struct lb_output *o);
 
 /* Recovery: a holder died and left its taps and filters for this VM. Removes them; frames it had read are lost
- * (TCP sends them again). Guest stopped, or dead with vm NULL. None there: success. LB_E_STATE: the holder
- * lives. Also before a VM runs where it was protected once: taps outlive VMs. */
+ * (TCP sends them again). Guest stopped, or dead (vm may be NULL). None there: success. LB_E_STATE: the holder
+ * lives, in another process. Taps outlive VMs: to be called also for a VM that died while protected, and
+ * before one runs where that may have happened. */
 int lb_output_clear_stale(const struct lb_vm_ident *ident, struct lb_hv_vm *vm, const char *run_dir,
                           struct lb_error *err);
 /* Failover: send frames (format of lb_output_copy) as if the guest of vm had just sent them. Best effort. */

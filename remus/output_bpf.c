@@ -1,6 +1,6 @@
 /* remus/output_bpf.c - the classifiers of the outside hold, as instructions.
  *
- * Both fit on a page, need no compiler for BPF at build time and no library at run time. They use what every kernel
+ * All fit on a page, need no compiler for BPF at build time and no library at run time. They use what every kernel
  * since 5.5 has: values of an array map by address, maps that can be mapped, bpf_redirect.
  * The gate is compared in the guest's tap itself, the last place that a released frame passes. */
 #include "remus/output_internal.h"
@@ -98,8 +98,9 @@ int lb_bpf_prog_hold(uint32_t mark, int hold_ifindex, int gate_fd, struct lb_err
         MOV_REG(R6, R1),
         LOAD(BPF_W, R2, R6, MARK),
         MOV32_IMM(R3, (int32_t)mark),
-        JUMP_EQ(R2, R3, 4),
-        /* the guest's: out of the holding tap */
+        JUMP_EQ(R2, R3, 5),
+        /* the guest's: out of the holding tap, which lets nothing else out */
+        STORE(BPF_W, R6, R3, MARK),
         MOV_IMM(R1, hold_ifindex),
         MOV_IMM(R2, 0),
         CALL(BPF_FUNC_redirect),
@@ -131,6 +132,19 @@ int lb_bpf_prog_mark(uint32_t mark, struct lb_error *err)
         EXIT(),
     };
     return load("lifeboat_mark", insns, LB_ARRAY_LEN(insns), err);
+}
+
+int lb_bpf_prog_only(uint32_t mark, struct lb_error *err)
+{
+    const struct bpf_insn insns[] = {
+        LOAD(BPF_W, R2, R1, MARK),
+        MOV32_IMM(R3, (int32_t)mark),
+        MOV_IMM(R0, TC_ACT_OK),
+        JUMP_EQ(R2, R3, 1),
+        MOV_IMM(R0, TC_ACT_SHOT),
+        EXIT(),
+    };
+    return load("lifeboat_only", insns, LB_ARRAY_LEN(insns), err);
 }
 
 int lb_bpf_prog_id(int prog_fd, uint32_t *id, struct lb_error *err)

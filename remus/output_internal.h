@@ -94,6 +94,9 @@ void lb_bpf_gate_unmap(struct lb_gate *gate);
 int lb_bpf_prog_hold(uint32_t mark, int hold_ifindex, int gate_fd, struct lb_error *err);
 /* On the taps that we write to: mark, and go on with the action that the filter has. */
 int lb_bpf_prog_mark(uint32_t mark, struct lb_error *err);
+/* On the holding tap: what does not carry the mark is not the guest's, but something of the host that takes
+ * every link for a network (LLDP, DHCP). Dropped. */
+int lb_bpf_prog_only(uint32_t mark, struct lb_error *err);
 int lb_bpf_prog_id(int prog_fd, uint32_t *id, struct lb_error *err);
 /* Programs that run before ours on this link (tcx). */
 int lb_bpf_tcx_count(int ifindex, unsigned *n, struct lb_error *err);
@@ -128,6 +131,7 @@ int lb_rtnl_clsact_add(struct lb_rtnl *nl, int ifindex, bool *created, struct lb
 /* Only when no filter uses it any more. */
 int lb_rtnl_clsact_remove_unused(struct lb_rtnl *nl, int ifindex, struct lb_error *err);
 
+enum lb_rtnl_hook { LB_INGRESS, LB_EGRESS };
 struct lb_rtnl_filter {
     bool bpf;
     char name[64];
@@ -136,9 +140,9 @@ struct lb_rtnl_filter {
 /* The first filter on ingress (priority 1, handle 1). LB_E_NOT_FOUND when there is none. */
 int lb_rtnl_filter_get(struct lb_rtnl *nl, int ifindex, struct lb_rtnl_filter *out,
                        struct lb_error *err);
-/* redirect_ifindex 0: the program decides; otherwise what it matches comes in again there. */
-int lb_rtnl_filter_add(struct lb_rtnl *nl, int ifindex, int prog_fd, const char *name,
-                       int redirect_ifindex, struct lb_error *err); /* replaces */
+/* redirect_ifindex 0: the program decides; otherwise what it matches comes in again there. Replaces. */
+int lb_rtnl_filter_add(struct lb_rtnl *nl, int ifindex, enum lb_rtnl_hook hook, int prog_fd,
+                       const char *name, int redirect_ifindex, struct lb_error *err);
 int lb_rtnl_filter_delete(struct lb_rtnl *nl, int ifindex, struct lb_error *err); /* gone: success */
 
 /* Run f in the network namespace behind fd, on a thread of its own. */
@@ -177,10 +181,14 @@ int lb_otap_verify(struct lb_otap *t, struct lb_rtnl *nl, uint64_t *dropped, str
 int lb_otap_disarm(struct lb_otap *t, struct lb_rtnl *nl, struct lb_error *err);
 /* Not armed: nothing of ours is left. Armed: the hold stays. */
 void lb_otap_close(struct lb_otap *t, struct lb_rtnl *nl, int sysfs_fd);
-/* Take off ifname what a dead holder left, and the tap that its filter names. LB_E_STATE: the holder
- * lives. rps NULL: not known. */
-int lb_otap_clear(struct lb_rtnl *nl, const char *ifname, int sysfs_fd, const char *rps,
-                  bool clsact_ours, struct lb_error *err);
+struct lb_otap_left {            /* as far as it is known */
+    const char *ifname, *rps;
+    bool clsact_ours;
+    bool ours;                   /* the holder is this process, which gives it up */
+};
+/* Take off a tap what a dead holder left, and the tap that its filter names. LB_E_STATE: it lives. */
+int lb_otap_clear(struct lb_rtnl *nl, const struct lb_otap_left *left, int sysfs_fd,
+                  struct lb_error *err);
 /* A tap to send frames as if the guest had: 0 and *fd; it vanishes when closed. */
 int lb_otap_inject_open(struct lb_rtnl *nl, const char *ifname, int sysfs_fd, int *fd,
                         struct lb_error *err);
@@ -204,7 +212,7 @@ int lb_oinside_read(struct lb_oinside *c, struct lb_oq *q, unsigned max_frames,
                     struct lb_error *err);
 /* 1: written whole, 0: would block (call again with the same frame), -1. */
 int lb_oinside_write(struct lb_oinside *c, const struct lb_oq_frame *f, struct lb_error *err);
-/* VM stopped, everything written: waits until the hypervisor has taken it, then ends the hold. */
+/* VM stopped, everything written; or broken. */
 int lb_oinside_disarm(struct lb_oinside *c, struct lb_hv_vm *vm, struct lb_error *err);
 void lb_oinside_close(struct lb_oinside *c);
 

@@ -4,7 +4,7 @@
 
 #include <jansson.h>
 #include <errno.h>
-#include <string.h>
+#include <unistd.h>
 
 #define RECORD_MAX (1u << 20)
 
@@ -17,6 +17,7 @@ char *lb_output_record_path(const char *run_dir)
 
 struct clear {
     json_t *cards;               /* of the record, or NULL */
+    bool ours;
     struct lb_nic *nics;         /* as the VM has them now */
     unsigned n;
 };
@@ -32,15 +33,20 @@ static int clear_taps(void *arg, struct lb_error *err)
         return -1;
     LB_AUTO_FD int sysfs = lb_sysfs_open();
     json_array_foreach(k->cards, i, card) {
-        const char *ifname = json_string_value(json_object_get(card, "ifname"));
-        const char *rps = json_string_value(json_object_get(card, "rps"));
-        if (ifname && r == 0)
-            r = lb_otap_clear(&nl, ifname, sysfs, rps,
-                              json_is_true(json_object_get(card, "clsact")), err);
+        struct lb_otap_left left = {
+            .ifname = json_string_value(json_object_get(card, "ifname")),
+            .rps = json_string_value(json_object_get(card, "rps")),
+            .clsact_ours = json_is_true(json_object_get(card, "clsact")),
+            .ours = k->ours,
+        };
+        if (left.ifname && r == 0)
+            r = lb_otap_clear(&nl, &left, sysfs, err);
     }
-    for (unsigned j = 0; j < k->n && r == 0; j++)
+    for (unsigned j = 0; j < k->n && r == 0; j++) {
+        struct lb_otap_left left = {.ifname = k->nics[j].ifname, .ours = k->ours};
         if (k->nics[j].kind == LB_NIC_TAP)
-            r = lb_otap_clear(&nl, k->nics[j].ifname, sysfs, NULL, false, err);
+            r = lb_otap_clear(&nl, &left, sysfs, err);
+    }
     lb_rtnl_close(&nl);
     return r;
 }
@@ -51,42 +57,56 @@ static int clear_inside(json_t *cards, struct lb_hv_vm *vm, struct lb_error *err
     size_t i;
     json_array_foreach(cards, i, card) {
         const char *id = json_string_value(json_object_get(card, "inside"));
-        if (id && vm && lb_hv_nic_unhold(vm, id, err) < 0)
+        if (id && lb_hv_nic_unhold(vm, id, err) < 0)
             return -1;
     }
     return 0;
 }
 
-int lb_output_clear_stale(const struct lb_vm_ident *ident, struct lb_hv_vm *vm, const char *run_dir,
-                          struct lb_error *err)
+/* NULL: there is no record. */
+static int read_record(const char *path, json_t **out, struct lb_error *err)
 {
-    LB_AUTO_FREE char *path = lb_output_record_path(run_dir), *text = NULL;
     struct lb_error e = LB_ERROR_INIT;
-    struct clear k = {0};
-    int r = -1;
-    if (lb_file_read(path, RECORD_MAX, &text, NULL, &e) < 0 && e.sys_errno != ENOENT) {
-        if (err)
-            *err = e;
-        return -1;
-    }
-    json_t *top = text ? json_loads(text, 0, NULL) : NULL;
-    k.cards = json_object_get(top, "cards");
-    uint64_t inode = (uint64_t)json_integer_value(json_object_get(top, "netns"));
+    LB_AUTO_FREE char *text = NULL;
+    *out = NULL;
+    if (access(path, F_OK) < 0)
+        return 0;
+    if (lb_file_read(path, RECORD_MAX, &text, NULL, &e) == 0 && (*out = json_loads(text, 0, NULL)))
+        return 0;
+    return lb_fail(err, LB_E_STATE, "%s is not readable: %s", path, e.message);
+}
+
+static int clear_all(const struct lb_vm_ident *ident, struct lb_hv_vm *vm, json_t *record,
+                     struct lb_error *err)
+{
+    struct clear k = {.cards = json_object_get(record, "cards")};
+    struct lb_error e = LB_ERROR_INIT;
+    uint64_t inode = (uint64_t)json_integer_value(json_object_get(record, "netns"));
+    k.ours = json_integer_value(json_object_get(record, "holder")) == getpid();
     if (vm && lb_hv_nics(vm, &k.nics, &k.n, err) < 0)
-        goto out;
+        return -1;
+    LB_AUTO_FREE struct lb_nic *nics = k.nics;
+    (void)nics;
     if (k.cards || k.n) {
         LB_AUTO_FD int netns = lb_netns_open(&ident->proc, inode, &e);
         /* A namespace that nobody can reach has taken everything with it. */
         if (netns >= 0 && lb_netns_run(netns, clear_taps, &k, err) < 0)
-            goto out;
+            return -1;
     }
-    if (clear_inside(k.cards, vm, err) < 0)
-        goto out;
-    unlink(path);
-    r = 0;
-out:
-    json_decref(top);
-    free(k.nics);
+    return vm ? clear_inside(k.cards, vm, err) : 0;
+}
+
+int lb_output_clear_stale(const struct lb_vm_ident *ident, struct lb_hv_vm *vm, const char *run_dir,
+                          struct lb_error *err)
+{
+    LB_AUTO_FREE char *path = lb_output_record_path(run_dir);
+    json_t *record;
+    if (read_record(path, &record, err) < 0)
+        return -1;
+    int r = clear_all(ident, lb_proc_alive(&ident->proc) ? vm : NULL, record, err);
+    json_decref(record);
+    if (r == 0)
+        unlink(path);
     return r;
 }
 

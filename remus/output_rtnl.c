@@ -391,11 +391,12 @@ static void put_redirect(struct req *r, int ifindex)
     end(r, list);
 }
 
-int lb_rtnl_filter_add(struct lb_rtnl *nl, int ifindex, int prog_fd, const char *name,
-                       int redirect_ifindex, struct lb_error *err)
+int lb_rtnl_filter_add(struct lb_rtnl *nl, int ifindex, enum lb_rtnl_hook hook, int prog_fd,
+                       const char *name, int redirect_ifindex, struct lb_error *err)
 {
     struct req r;
-    begin_tc(&r, RTM_NEWTFILTER, NLM_F_CREATE, ifindex, INGRESS, OUR_HANDLE);
+    begin_tc(&r, RTM_NEWTFILTER, NLM_F_CREATE, ifindex, hook == LB_INGRESS ? INGRESS : EGRESS,
+             OUR_HANDLE);
     r.u.tc.tcm_info = TC_H_MAKE(OUR_PRIO << 16, htons(ETH_P_ALL));
     put_str(&r, TCA_KIND, "bpf");
     struct rtattr *options = nest(&r, TCA_OPTIONS);

@@ -129,7 +129,7 @@ static int setup_hold(struct lb_rtnl *nl, int ifindex, struct lb_error *err)
     unsigned txqlen = HOLD_TXQLEN;
     while (lb_rtnl_link_setup(nl, ifindex, TAP_MTU, txqlen, NULL, &e) < 0) {
         txqlen /= 2;
-        if (e.sys_errno != ENOMEM || txqlen < HOLD_TXQLEN_MIN) {
+        if ((e.sys_errno != ENOMEM && e.sys_errno != ERANGE) || txqlen < HOLD_TXQLEN_MIN) {
             if (err)
                 *err = e;
             return -1;
@@ -140,14 +140,19 @@ static int setup_hold(struct lb_rtnl *nl, int ifindex, struct lb_error *err)
     return lb_rtnl_link_up(nl, ifindex, err);
 }
 
-static int open_hold(struct lb_otap *t, struct lb_rtnl *nl, struct lb_error *err)
+static int open_hold(struct lb_otap *t, struct lb_rtnl *nl, uint32_t mark, struct lb_error *err)
 {
     struct lb_rtnl_link l;
+    bool created;
     t->hold_fd = make_tap("lbh%d", t->hold, err);
     if (t->hold_fd < 0 || no_ipv6(t->hold, err) < 0 ||
         lb_rtnl_link_get(nl, t->hold, &l, err) < 0)
         return -1;
     t->hold_ifindex = l.ifindex;
+    LB_AUTO_FD int prog = lb_bpf_prog_only(mark, err);
+    if (prog < 0 || lb_rtnl_clsact_add(nl, l.ifindex, &created, err) < 0 ||
+        lb_rtnl_filter_add(nl, l.ifindex, LB_EGRESS, prog, LB_FILTER_PREFIX "only", 0, err) < 0)
+        return -1;
     return setup_hold(nl, l.ifindex, err);
 }
 
@@ -164,7 +169,8 @@ static int make_inj(struct lb_rtnl *nl, const struct lb_rtnl_link *target, uint3
     LB_AUTO_FD int prog = lb_bpf_prog_mark(mark, err);
     if (prog < 0 || lb_rtnl_link_setup(nl, l.ifindex, TAP_MTU, INJ_TXQLEN, target->mac, err) < 0 ||
         lb_rtnl_clsact_add(nl, l.ifindex, &created, err) < 0 ||
-        lb_rtnl_filter_add(nl, l.ifindex, prog, LB_FILTER_PREFIX "inj", target->ifindex, err) < 0)
+        lb_rtnl_filter_add(nl, l.ifindex, LB_INGRESS, prog, LB_FILTER_PREFIX "inj", target->ifindex,
+                           err) < 0)
         return -1;
     rps_off(sysfs_fd, name, rps); /* net.core.rps_default_mask */
     if (lb_rtnl_link_up(nl, l.ifindex, err) < 0)
@@ -205,11 +211,11 @@ int lb_otap_open(struct lb_otap *t, struct lb_rtnl *nl, const char *ifname, int 
     struct lb_rtnl_link l;
     snprintf(t->ifname, sizeof(t->ifname), "%s", ifname);
     if (lb_otap_check(nl, ifname, err) < 0 ||
-        lb_otap_clear(nl, ifname, sysfs_fd, NULL, false, err) < 0 ||
+        lb_otap_clear(nl, &(struct lb_otap_left){.ifname = ifname}, sysfs_fd, err) < 0 ||
         lb_rtnl_link_get(nl, ifname, &l, err) < 0)
         return -1;
     t->ifindex = l.ifindex;
-    if (open_hold(t, nl, err) < 0)
+    if (open_hold(t, nl, mark, err) < 0)
         return -1;
     t->inj_fd = make_inj(nl, &l, mark, sysfs_fd, t->inj, &t->inj_ifindex, err);
     if (t->inj_fd < 0)
@@ -225,7 +231,7 @@ static int add_hold_filter(struct lb_otap *t, struct lb_rtnl *nl, struct lb_erro
 {
     char name[64];
     snprintf(name, sizeof(name), LB_FILTER_PREFIX "%s", t->hold);
-    return lb_rtnl_filter_add(nl, t->ifindex, t->prog_fd, name, 0, err);
+    return lb_rtnl_filter_add(nl, t->ifindex, LB_INGRESS, t->prog_fd, name, 0, err);
 }
 
 int lb_otap_arm(struct lb_otap *t, struct lb_rtnl *nl, struct lb_error *err)
@@ -300,23 +306,24 @@ static bool find_ours(struct lb_rtnl *nl, int ifindex, struct lb_rtnl_link *hold
     return true;
 }
 
-int lb_otap_clear(struct lb_rtnl *nl, const char *ifname, int sysfs_fd, const char *rps,
-                  bool clsact_ours, struct lb_error *err)
+int lb_otap_clear(struct lb_rtnl *nl, const struct lb_otap_left *left, int sysfs_fd,
+                  struct lb_error *err)
 {
     struct lb_rtnl_link tap, hold;
-    if (lb_rtnl_link_get(nl, ifname, &tap, NULL) < 0)
+    if (lb_rtnl_link_get(nl, left->ifname, &tap, NULL) < 0)
         return 0; /* went with the VM */
     if (find_ours(nl, tap.ifindex, &hold)) {
-        if (hold.ifindex && hold.carrier)
-            return lb_fail(err, LB_E_STATE, "%s: its output is held by a living process", ifname);
+        if (hold.ifindex && hold.carrier && !left->ours)
+            return lb_fail(err, LB_E_STATE, "%s: its output is held by a living process",
+                           left->ifname);
         if (lb_rtnl_filter_delete(nl, tap.ifindex, err) < 0 ||
             (hold.ifindex && lb_rtnl_link_delete(nl, hold.ifindex, err) < 0))
             return -1;
-        lb_log(LB_LOG_INFO, "%s: removed the hold that a dead session left", ifname);
+        lb_log(LB_LOG_INFO, "%s: removed the hold that was left on it", left->ifname);
     }
-    if (rps)
-        rps_restore(sysfs_fd, ifname, rps);
-    return clsact_ours ? lb_rtnl_clsact_remove_unused(nl, tap.ifindex, err) : 0;
+    if (left->rps)
+        rps_restore(sysfs_fd, left->ifname, left->rps);
+    return left->clsact_ours ? lb_rtnl_clsact_remove_unused(nl, tap.ifindex, err) : 0;
 }
 
 int lb_otap_inject_open(struct lb_rtnl *nl, const char *ifname, int sysfs_fd, int *fd,
