@@ -520,6 +520,21 @@ static void test_killed_holder(void **state)
     munmap((void *)lease, 4096);
 }
 
+/* Giving up in the holder itself: its own hold it may clear. */
+static void test_clear_own(void **state)
+{
+    struct world w;
+    (void)state;
+    world_start(&w, false);
+    struct lb_output *o = open_armed(&w);
+    OK(lb_output_clear_stale(&w.ident, handle(&w), w.run_dir, err));
+    send_frame(&w, 0, 0);
+    expect_until(&w, (uint64_t[]){1, 0}, 20);
+    lb_output_close(o);
+    assert_clean(&w);
+    world_end(&w);
+}
+
 /* The VM is dead, its persistent tap is not: found by the namespace in the record. */
 static void test_stale_of_dead_vm(void **state)
 {
@@ -707,6 +722,39 @@ static void test_verify(void **state)
     send_frame(&w, 0, 9);
     assert_false(receive(&w, 20, &q, &seq)); /* fails closed */
     OK(lb_output_disarm(o, true, err));
+    lb_output_close(o);
+    assert_clean(&w);
+    world_end(&w);
+}
+
+/* What the host itself sends into the holding tap is not taken for the guest's. */
+static void test_strangers_in_the_hold(void **state)
+{
+    struct world w;
+    struct lb_output_stats s;
+    (void)state;
+    world_start(&w, false);
+    struct lb_output *o = open_armed(&w);
+    pid_t p = fork();
+    if (p == 0) {
+        struct sockaddr_ll ll = {.sll_family = AF_PACKET, .sll_protocol = htons(TEST_PROTO)};
+        unsigned char frame[60] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 2, 2, 2, 2, 2, 0x88, 0xb5};
+        if (setns(w.netns, CLONE_NEWNET) < 0)
+            _exit(1);
+        int fd = socket(AF_PACKET, SOCK_RAW, 0);
+        ll.sll_ifindex = (int)if_nametoindex("lbh0");
+        _exit(sendto(fd, frame, sizeof(frame), 0, (void *)&ll, sizeof(ll)) != (ssize_t)sizeof(frame) &&
+              errno != ENOBUFS);
+    }
+    int status;
+    waitpid(p, &status, 0);
+    assert_int_equal(status, 0);
+    send_frame(&w, 0, 0);
+    mark(o, 0);
+    lb_output_get_stats(o, &s);
+    assert_int_equal(s.held_packets, 1);
+    OK(lb_output_disarm(o, true, err));
+    expect_until(&w, (uint64_t[]){1, 0}, 10);
     lb_output_close(o);
     assert_clean(&w);
     world_end(&w);
@@ -1017,11 +1065,13 @@ int main(void)
         cmocka_unit_test(test_epochs),
         cmocka_unit_test(test_drop_at_disarm),
         cmocka_unit_test(test_killed_holder),
+        cmocka_unit_test(test_clear_own),
         cmocka_unit_test(test_stale_of_dead_vm),
         cmocka_unit_test(test_gate_in_kernel),
         cmocka_unit_test(test_gate_keeps),
         cmocka_unit_test(test_gate_of_stopped_holder),
         cmocka_unit_test(test_verify),
+        cmocka_unit_test(test_strangers_in_the_hold),
         cmocka_unit_test(test_foreign_filters),
         cmocka_unit_test(test_rps_is_put_back),
         cmocka_unit_test(test_routed),
