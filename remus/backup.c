@@ -129,13 +129,15 @@ static void supersede(struct lb_rx *r)
         return;
     close(LB_STEAL_FD(lock));
     lb_log(LB_LOG_INFO, "an older standby of %s makes way", e.name);
-    while (!lb_vm_entry_load(dir, r->entry.name, &e, NULL) && lb_now_ns() < until) {
-        LB_AUTO_FD int vm_lock = lb_vm_lock(dir, e.name, NULL);
+    while (lb_now_ns() < until) {
+        bool here = !lb_vm_entry_load(dir, r->entry.name, &e, NULL);
+        LB_AUTO_FD int vm_lock = here ? lb_vm_lock(dir, e.name, NULL) : -1;
 
-        if (vm_lock >= 0)
-            lb_receiver_discard(r->env, &e, NULL);
-        else
-            lb_sleep_ms(20);
+        if (vm_lock >= 0 && !lb_receiver_discard(r->env, &e, NULL))
+            return;
+        if (!here && !lb_vm_is_locked(dir, r->entry.name))
+            return;
+        lb_sleep_ms(20);
     }
 }
 

@@ -34,6 +34,8 @@
 
 #define DRAIN_MS 5000
 #define TUN_FDS_MAX 256
+/* QEMU's main loop waits when the holder is so much behind */
+#define SOCKET_BYTES (4 << 20)
 
 /* ---------------------------------------------------------------- cards */
 
@@ -264,6 +266,9 @@ static int add_socket(struct lb_hv_vm *vm, const char *what, const char *key, in
         return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot make a socket");
     LB_AUTO_FD int mine = pair[0];
     LB_AUTO_FD int theirs = pair[1];
+    for (int i = 0, room = SOCKET_BYTES; i < 2; i++)
+        if (setsockopt(pair[i], SOL_SOCKET, SO_SNDBUFFORCE, &room, sizeof(room)) < 0)
+            lb_log(LB_LOG_DEBUG, "a socket stays small: %s", strerror(errno));
     if (lb_qmp_send(vm->qmp, "getfd", "{\"fdname\":\"lb-hold\"}", theirs, NULL, err) < 0 ||
         lb_qmp_wait(vm->qmp, "getfd", LB_QMP_MS, NULL, err) < 0)
         return -1;

@@ -230,7 +230,9 @@ static void test_epochs_arrive_whole(void **state)
         OK(lb_disk_target_close(targets[i], err));
         print_message("target %u closed in %.1f ms\n", i, (double)(lb_now_ns() - t0) / 1e6);
     }
+    uint64_t t1 = lb_now_ns();
     lb_disk_source_close(s);
+    print_message("source closed in %.1f ms\n", (double)(lb_now_ns() - t1) / 1e6);
     assert_int_equal(h.n_failed, 0);
     run("qemu-img check -q %s/b.qcow2", dir);
     run("qemu-img convert -O raw %s/b.qcow2 %s/b.raw", dir, dir);

@@ -307,6 +307,35 @@ static void test_cards(void **state)
     qemu_end(&q);
 }
 
+/* A QEMU that may open nothing and start nothing can still be held: it gets sockets, not paths. */
+static void test_hold_unprivileged(void **state)
+{
+    (void)state;
+    if (getenv("LB_TEST_QEMU")) {
+        print_message("another QEMU is given, which may be a wrapper that needs root\n");
+        skip();
+    }
+    struct qemu q;
+    int fds[2];
+    bool alive, running;
+    qemu_dir(&q);
+    assert_int_equal(chown(q.dir, 65534, 65534), 0);
+    qemu_start_as(&q, 65534,
+                  "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny " BOOT
+                  "-netdev user,id=n0 -device e1000,netdev=n0");
+    struct lb_hv_vm *vm = qemu_attach(&q);
+    OK(lb_hv_nic_hold(vm, "n0", fds, err));
+    OK(lb_hv_stop(vm, err));
+    OK(lb_hv_nic_unhold(vm, "n0", err));
+    OK(lb_hv_cont(vm, err));
+    OK(lb_hv_status(vm, &alive, &running, err));
+    assert_true(alive && running);
+    close(fds[0]);
+    close(fds[1]);
+    lb_hv_detach(vm);
+    qemu_end(&q);
+}
+
 /* -------------------------------------------------------------------- hold */
 
 struct holder {
@@ -711,6 +740,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_pause),  cmocka_unit_test(test_freeze),
         cmocka_unit_test(test_operator_pauses), cmocka_unit_test(test_cards),
+        cmocka_unit_test(test_hold_unprivileged),
         cmocka_unit_test(test_hold),   cmocka_unit_test(test_mirror),
         cmocka_unit_test(test_disks),  cmocka_unit_test(test_no_kvm_clock),
     };
