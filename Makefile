@@ -143,6 +143,10 @@ bench-migrate: deps-bench
 	$(Q)$(MAKE) --no-print-directory bench-migrate-run
 bench-migrate-run: all tools $(GUEST)
 	$(Q)tests/bench/bench_migrate.py $(BENCH_ARGS)
+bench-remus: deps-bench
+	$(Q)$(MAKE) --no-print-directory bench-remus-run
+bench-remus-run: all tools $(GUEST)
+	$(Q)tests/bench/bench_remus.py $(BENCH_ARGS)
 
 # ---- install
 BINDIR   := $(PREFIX)/sbin
