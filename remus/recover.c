@@ -87,6 +87,16 @@ void lb_bk_forget(const char *state_dir, const char *vm)
 
 /* In the order in which a crash does no harm: a record without an entry that says RUNNING is
  * finished by recovery, an entry that says so without a record is as any other VM. */
+/* The host that was lost, when it comes back, is as good as any other of the list. */
+static void add_candidate(struct lb_protect_wish *w, const char *name)
+{
+    for (unsigned i = 0; i < w->n_backups; i++)
+        if (!strcmp(w->backups[i], name))
+            return;
+    if (w->n_backups && w->n_backups < LB_PROTECT_MAX_BACKUPS) /* none: any trusted host is */
+        snprintf(w->backups[w->n_backups++], sizeof(w->backups[0]), "%s", name);
+}
+
 void lb_bk_settle(const struct lb_session_env *env, struct lb_vm_entry *e, struct lb_remus_record *rec,
                   double took_ms)
 {
@@ -95,6 +105,7 @@ void lb_bk_settle(const struct lb_session_env *env, struct lb_vm_entry *e, struc
     struct lb_error err = LB_ERROR_INIT;
 
     if (rec->phase == LB_PH_PROMOTING && !lb_wish_load(dir, e->name, &w, NULL)) {
+        add_candidate(&w, rec->peer);
         w.failovers++;
         w.last_failover_ms = lb_wall_ms();
         w.last_failover_took_ms = took_ms;

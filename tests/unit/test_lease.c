@@ -21,6 +21,8 @@ static void times_of_a_lease(void **state)
 
     lb_lease_init(&l, 0, T0);
     assert_true(l.lease_ns == LB_LEASE_MS * MS);
+    lb_lease_init(&l, 200, T0);
+    assert_true(l.lease_ns == 200 * MS);
     assert_true(l.ask_ns == 120 * MS && l.margin_ns == 50 * MS);
     assert_int_equal(lb_lease_state(&l, T0), LB_LEASE_OK);
     assert_true(lb_lease_next_ns(&l, T0) == T0 + 120 * MS);
