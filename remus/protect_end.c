@@ -18,6 +18,9 @@
 #define MS UINT64_C(1000000)
 #define DISARM_NS UINT64_C(5000000000)
 #define REPORT_NS (100 * MS)
+/* A host that dies takes its processes one after the other. When a part of this protection is gone the
+ * rest may be about to go: to tell the backup to give up would leave no copy. Output is held meanwhile. */
+#define GRACE_NS (500 * MS)
 
 /* ------------------------------------------------------------------- who has it */
 
@@ -287,6 +290,16 @@ int lb_prot_abandon(struct prot *p, struct lb_error *err)
     return -1;
 }
 
+static enum lb_verdict_on_us killed(struct prot *p, struct lb_error *err)
+{
+    if (!p->may_release)
+        return discard(p, err->message);
+    lb_prot_note(p, "the VM's process was killed: %s takes over", p->backup->name);
+    lb_prot_drain(p, lb_now_ns() + LB_PROT_DISCARD_NS);
+    p->yielding = true;
+    return hand_to_backup(p, err);
+}
+
 static enum lb_verdict_on_us find_out(struct prot *p, enum lb_prot_why why, struct lb_error *err)
 {
     switch (why) {
@@ -298,16 +311,12 @@ static enum lb_verdict_on_us find_out(struct prot *p, enum lb_prot_why why, stru
         return yield(p, err);
     case WHY_KILLED:
         lb_prot_move(p, P_DECIDING);
-        if (!p->may_release)
-            return discard(p, err->message);
-        lb_prot_note(p, "the VM's process was killed: %s takes over", p->backup->name);
-        lb_prot_drain(p, lb_now_ns() + LB_PROT_DISCARD_NS);
-        p->yielding = true;
-        return hand_to_backup(p, err);
+        return killed(p, err);
     case WHY_BROKEN:
         lb_prot_resume(p, NULL); /* its output is still held */
         lb_prot_move(p, P_DECIDING);
-        return discard(p, err->message);
+        lb_guard_wait(p->guard, lb_now_ns() + GRACE_NS);
+        return vm_exists(p) ? discard(p, err->message) : killed(p, err);
     case WHY_POWEROFF:
         lb_prot_move(p, P_DECIDING);
         snprintf(p->entry.note, sizeof(p->entry.note), "the guest switched itself off");
