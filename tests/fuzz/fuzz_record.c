@@ -1,6 +1,7 @@
 /* Records as a peer with good keys could write them: header, run table and compressed payload.
  *
- * Input: one octet of connection index, then records in clear (header, runs, payload; no tags).
+ * Input: one octet (bit 0: connection index, bit 1: checkpoint connection), then records in clear (header, runs,
+ * payload; no tags).
  * Whatever passes the checks must be within every limit: that is asserted here again. */
 #include "netproto/netproto_internal.h"
 
@@ -24,11 +25,12 @@ static void take_zstd(const struct lb_rec_header *h, const uint8_t *payload, siz
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static struct lb_page_run runs[LB_REC_MAX_RUNS];
-    struct lb_rec_limits limits = {BLOCKS, LB_ARRAY_LEN(BLOCKS), 0};
+    struct lb_rec_limits limits = {.n_pages_of_block = BLOCKS, .n_blocks = LB_ARRAY_LEN(BLOCKS)};
     struct lb_error err = LB_ERROR_INIT;
     if (size < 1)
         return 0;
     limits.index = data[0] & 1;
+    limits.checkpoint = data[0] & 2;
     for (data++, size--; size >= LB_REC_HEADER_BYTES;) {
         struct lb_rec_header h;
         uint8_t again[LB_REC_HEADER_BYTES];
@@ -60,6 +62,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         size_t payload = LB_MIN(size, (size_t)h.payload_bytes);
         if (h.type == LB_REC_PAGES && h.codec == LB_CODEC_ZSTD)
             take_zstd(&h, data, payload);
+        if (h.type == LB_REC_DELTA && payload > LB_REC_CHECKSUM_BYTES)
+            take_zstd(&h, data + LB_REC_CHECKSUM_BYTES, payload - LB_REC_CHECKSUM_BYTES);
         data += payload;
         size -= payload;
     }

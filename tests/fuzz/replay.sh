@@ -5,7 +5,8 @@ set -u
 build=${1:-build}
 cd "$(dirname "$0")/../.."
 mkdir -p "$build/tests/fuzz"
-libs=$(pkg-config --libs libevent libevent_pthreads libzstd libsodium libprotobuf-c jansson libxxhash libcrypto)
+# shellcheck disable=SC2046 # list of packages
+libs=$(pkg-config --libs $(sed -n 's/^PKGS *:= //p' Makefile))
 n=0 failed=0
 for src in tests/fuzz/fuzz_*.c; do
     name=$(basename "$src" .c)

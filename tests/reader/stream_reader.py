@@ -1,11 +1,12 @@
 #!/usr/bin/python3
 """Independent reader of a bulk connection, written from netproto/STREAM.md alone.
 
-stream_reader.py --secret HEX --session HEX I2R.bin R2I.bin
+stream_reader.py --secret HEX --session HEX [--checkpoint] I2R.bin R2I.bin
 
 I2R.bin holds what the initiator sent (from hello on, without the preamble), R2I.bin what the responder sent. Checks
 the key agreement and, in plaintext mode (cipher 0), every octet of every record. Prints a summary; exit 1 on the first
-thing that STREAM.md does not allow. Compressed payloads: the zstd frame header is checked, the content is not.
+thing that STREAM.md does not allow. Compressed payloads: the zstd frame header is checked, the content is not. With
+--checkpoint the connection is one of section 6; END may be missing there when an epoch is complete.
 """
 import argparse
 import hashlib
@@ -17,7 +18,9 @@ M64 = (1 << 64) - 1
 P1, P2, P3, P4, P5 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
                       0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
 PAGE = 4096
-NAMES = {1: "PAGES", 2: "ZERO", 3: "ROUND_END", 4: "STATE", 5: "END"}
+MAX_BLOB = 67108864
+NAMES = {1: "PAGES", 2: "ZERO", 3: "ROUND_END", 4: "STATE", 5: "END", 6: "DELTA", 7: "DISK", 8: "FRAMES", 9: "EPOCH_END"}
+ROUNDS, CHECKPOINTS = (1, 2, 3, 4, 5), (1, 2, 4, 5, 6, 7, 8, 9)
 
 
 class Bad(Exception):
@@ -126,7 +129,68 @@ def zstd_content_size(frame):
     return value + 256 if size == 2 else value
 
 
-def record(pieces, index, totals):
+class Epochs:
+    """What one epoch may be, over its records."""
+
+    def __init__(self):
+        self.next, self.state_before = 1, 0
+        self.reset()
+
+    def reset(self):
+        self.begun, self.pages, self.state, self.frames = False, {}, 0, 0
+
+    def take(self, what, rtype, rnd, block, codec, runs, payload):
+        if rtype == 5:
+            check(not self.begun, what + "in the middle of an epoch")
+            return
+        if rtype == 7 and rnd == 0 and self.next == 1 and not self.begun:
+            return  # the first copy
+        check(rnd == self.next & 0xffffffff, what + "round %d in epoch %d" % (rnd, self.next))
+        self.begun = True
+        for first, count in runs:
+            seen = self.pages.setdefault(block, set())
+            check(seen.isdisjoint(range(first, first + count)), what + "a page twice")
+            seen.update(range(first, first + count))
+        size = 0 if rtype not in (4, 8) else zstd_content_size(payload) if codec else len(payload)
+        if rtype == 4:
+            self.state += size
+            check(codec != 2 or self.state <= self.state_before, what + "more than the state before")
+            check(self.state <= MAX_BLOB, what + "too much")
+        if rtype == 8:
+            self.frames += size
+            check(self.frames <= MAX_BLOB, what + "too much")
+        if rtype == 9:
+            check(struct.unpack("<Q", payload)[0] == self.next, what + "number")
+            check(self.state > 0, what + "no device state")
+            self.next, self.state_before = self.next + 1, self.state
+            self.reset()
+
+
+def operations(what, data):
+    at = 0
+    while at < len(data):
+        check(at + 24 <= len(data), what + "operation cut off")
+        kind, zero, offset, length = struct.unpack_from("<IIQQ", data, at)
+        check(kind in (1, 2) and zero == 0 and length > 0 and offset + length < 1 << 63, what + "operation")
+        at += 24 + (length if kind == 1 else 0)
+    check(at == len(data), what + "operation longer than its record")
+
+
+def checkpoint_record(what, rtype, block, codec, n_runs, n_pages, payload):
+    if rtype == 6:
+        check(n_runs >= 1 and 1 <= n_pages <= 256 and codec == 1, what + "pages or codec")
+        check(8 < len(payload) < n_pages * PAGE + 8, what + "payload size")
+        check(zstd_content_size(payload[8:]) == n_pages * PAGE, what + "zstd content size")
+    if rtype in (4, 7, 8, 9):
+        check(n_runs == n_pages == 0 and (rtype == 7 or block == 0), what + "fields set")
+        check(codec <= {4: 2, 7: 1, 8: 1, 9: 0}[rtype] and len(payload) > 0, what + "codec or payload")
+        check(codec == 0 or 1 <= zstd_content_size(payload) <= 1 << 20, what + "zstd content size")
+        check(rtype != 9 or len(payload) == 8, what + "payload size")
+    if rtype == 7 and codec == 0:
+        operations(what, payload)
+
+
+def record(pieces, index, totals, epochs):
     h = pieces.take(32)
     (rtype, flags, codec, z1, block, rnd, n_runs, n_pages, n_bytes, z2) = struct.unpack("<HHB3sIIIIII", h)
     what = "%s record at octet %d: " % (NAMES.get(rtype, rtype), pieces.stream.at - 48)
@@ -136,9 +200,10 @@ def record(pieces, index, totals):
     known = rtype in NAMES
     check(known or flags & 1, what + "unknown type")
     check(not known or flags == 0, what + "marked optional")
+    check(not known or rtype in (CHECKPOINTS if epochs else ROUNDS), what + "on a connection of the other kind")
     if known and rtype in (1, 2):
         check(n_runs >= 1, what + "no runs")
-    elif known:
+    elif known and (rtype == 5 or not epochs):
         check(n_runs == n_pages == block == codec == 0, what + "fields set")
         check((n_bytes > 0) == (rtype == 4), what + "payload")
         check(rtype != 4 or index == 0, what + "not on connection 0")
@@ -155,6 +220,9 @@ def record(pieces, index, totals):
             end, total = first + count, total + count
         check(total == n_pages and end <= 1 << 32, what + "sum of runs")
     payload = pieces.take(n_bytes) if n_bytes else b""
+    if epochs and known:
+        checkpoint_record(what, rtype, block, codec, n_runs, n_pages, payload)
+        epochs.take(what, rtype, rnd, block, codec, struct.iter_unpack("<II", table), payload)
     if rtype == 1 and codec == 1:
         check(zstd_content_size(payload) == n_pages * PAGE, what + "zstd content size")
     t = totals.setdefault(NAMES.get(rtype, "optional"), [0, 0, 0])
@@ -171,9 +239,12 @@ def read(args):
     r2i = Stream(open(args.r2i, "rb").read(), args.r2i)
     index = key_agreement(i2r, r2i, bytes.fromhex(args.secret), bytes.fromhex(args.session))
     check(r2i.at == len(r2i.data), "the responder sent more than its answer")
-    pieces, totals = Pieces(i2r), {}
-    while record(pieces, index, totals) != 5:
-        pass
+    pieces, totals, epochs = Pieces(i2r), {}, Epochs() if args.checkpoint else None
+    while record(pieces, index, totals, epochs) != 5:
+        if epochs and i2r.at == len(i2r.data) and not epochs.begun:
+            break
+    if epochs:
+        print("%d epochs" % (epochs.next - 1))
     check(i2r.at == len(i2r.data), "%d octets after END" % (len(i2r.data) - i2r.at))
     for name in list(NAMES.values()) + ["optional"]:
         if name in totals:
@@ -186,6 +257,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--secret", required=True)
     p.add_argument("--session", required=True)
+    p.add_argument("--checkpoint", action="store_true")
     p.add_argument("i2r")
     p.add_argument("r2i")
     try:

@@ -11,6 +11,7 @@
 /* after the headers above */
 #include <cmocka.h>
 #include <sodium.h>
+#include <zstd.h>
 
 #define PAGE LB_WIRE_PAGE_BYTES
 #define N_PAGES 2048u
@@ -714,6 +715,126 @@ static void forged_payloads(void **state)
     free(dst);
 }
 
+/* Types 4 to 9 on both kinds of connection. */
+static void headers_of_checkpoints(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *what;
+        struct lb_rec_header h;
+        bool fine; /* on a checkpoint connection */
+        bool both; /* on others too */
+    } cases[] = {
+        {"end", {.type = LB_REC_END}, true, true},
+        {"zero", {.type = LB_REC_ZERO, .n_runs = 0, .n_pages = 0}, false, false},
+        {"round end", {.type = LB_REC_ROUND_END, .round = 1}, false, true},
+        {"state", {.type = LB_REC_STATE, .payload_bytes = 9}, true, false},
+        {"state zstd", {.type = LB_REC_STATE, .codec = 1, .payload_bytes = 9}, true, false},
+        {"state xor", {.type = LB_REC_STATE, .codec = 2, .payload_bytes = 9}, true, false},
+        {"state codec", {.type = LB_REC_STATE, .codec = 3, .payload_bytes = 9}, false, false},
+        {"state empty", {.type = LB_REC_STATE}, false, false},
+        {"state of a block", {.type = LB_REC_STATE, .block_id = 1, .payload_bytes = 9}, false, false},
+        {"state with pages", {.type = LB_REC_STATE, .n_pages = 1, .payload_bytes = 9}, false, false},
+        {"disk", {.type = LB_REC_DISK, .block_id = 99, .payload_bytes = LB_REC_MAX_PAYLOAD}, true, false},
+        {"disk zstd", {.type = LB_REC_DISK, .codec = 1, .payload_bytes = 9}, true, false},
+        {"disk xor", {.type = LB_REC_DISK, .codec = 2, .payload_bytes = 9}, false, false},
+        {"disk empty", {.type = LB_REC_DISK}, false, false},
+        {"disk with runs", {.type = LB_REC_DISK, .n_runs = 1, .payload_bytes = 9}, false, false},
+        {"disk optional", {.type = LB_REC_DISK, .flags = 1, .payload_bytes = 9}, false, false},
+        {"disk too long", {.type = LB_REC_DISK, .payload_bytes = LB_REC_MAX_PAYLOAD + 1}, false, false},
+        {"frames", {.type = LB_REC_FRAMES, .payload_bytes = 9}, true, false},
+        {"frames xor", {.type = LB_REC_FRAMES, .codec = 2, .payload_bytes = 9}, false, false},
+        {"frames of a block", {.type = LB_REC_FRAMES, .block_id = 1, .payload_bytes = 9}, false, false},
+        {"epoch end", {.type = LB_REC_EPOCH_END, .payload_bytes = 8}, true, false},
+        {"epoch end zstd", {.type = LB_REC_EPOCH_END, .codec = 1, .payload_bytes = 8}, false, false},
+        {"epoch end short", {.type = LB_REC_EPOCH_END, .payload_bytes = 7}, false, false},
+        {"epoch end long", {.type = LB_REC_EPOCH_END, .payload_bytes = 9}, false, false},
+        {"delta no runs", {.type = LB_REC_DELTA, .codec = 1, .payload_bytes = 9}, false, false},
+        {"delta raw", {.type = LB_REC_DELTA, .n_runs = 1, .n_pages = 1, .payload_bytes = 9}, false, false},
+        {"delta no frame", {.type = LB_REC_DELTA, .codec = 1, .n_runs = 1, .n_pages = 1, .payload_bytes = 8}, false, false},
+        {"delta too long", {.type = LB_REC_DELTA, .codec = 1, .n_runs = 1, .n_pages = 1, .payload_bytes = PAGE + 8}, false, false},
+        {"delta unknown block", {.type = LB_REC_DELTA, .codec = 1, .block_id = 2, .n_runs = 1, .n_pages = 1, .payload_bytes = 9}, false, false},
+        {"delta too many", {.type = LB_REC_DELTA, .codec = 1, .n_runs = 1, .n_pages = 257, .payload_bytes = 9}, false, false},
+    };
+    for (size_t i = 0; i < 2 * LB_ARRAY_LEN(cases); i++) {
+        bool checkpoint = i % 2, fine = checkpoint ? cases[i / 2].fine : cases[i / 2].both;
+        struct forger f;
+        struct tap tap;
+        struct lb_bulk *rx = start_forger(&f, &tap, 1);
+        struct lb_error err = LB_ERROR_INIT;
+        struct lb_record rec;
+        uint8_t head[LB_REC_HEADER_BYTES];
+        if (checkpoint)
+            lb_bulk_set_checkpoint(rx);
+        lb_rec_write_header(head, &cases[i / 2].h);
+        forge(&f, head, sizeof(head));
+        int rc = lb_bulk_recv(rx, &rec, lb_now_ns() + 1000000000, &err);
+        if (fine ? rc != 0 : rc == 0 || err.code != LB_E_PROTO)
+            fail_msg("%s, %d: rc %d, %s", cases[i / 2].what, (int)checkpoint, rc, err.message);
+        stop_forger(&f, &tap, rx);
+    }
+}
+
+/* Payloads of DELTA and of data: a frame must hold what the record and the limits say. */
+static void payloads_of_checkpoints(void **state)
+{
+    (void)state;
+    uint8_t *mem = make_memory(TEXT), *big = calloc(1, LB_REC_MAX_PAYLOAD + 1);
+    static uint8_t out[8 * PAGE];
+    struct lb_zstd *z = lb_zstd_new();
+    const uint8_t *frame;
+    uint8_t bad[4 * PAGE] = {0};
+    size_t n = lb_zstd_compress(z, mem, 4 * PAGE, 1, &frame);
+
+    assert_true(n > 0 && n + 20 < sizeof(bad));
+    for (int what = 0; what < 5; what++) {
+        struct forger f;
+        struct tap tap;
+        struct lb_bulk *rx = start_forger(&f, &tap, 3);
+        struct lb_error err = LB_ERROR_INIT;
+        struct lb_record rec;
+        uint64_t sum = 0;
+        lb_bulk_set_checkpoint(rx);
+        lb_put64(bad, 77);
+        memcpy(bad + 8, frame, n);
+        if (what == 3)
+            memset(bad + 8 + 12, 0xff, n - 12);
+        forge_pages(&f, LB_REC_DELTA, 0, LB_CODEC_ZSTD, what == 1 ? 3 : what == 2 ? 5 : 4, bad,
+                    (uint32_t)(8 + n + (what == 4)));
+        assert_int_equal(lb_bulk_recv(rx, &rec, 0, &err), 0);
+        int rc = lb_bulk_recv_delta(rx, &rec, out, &sum, &err);
+        assert_int_equal(rc, what ? -1 : 0);
+        assert_int_equal(what ? (int)err.code : (int)sum, what ? (int)LB_E_PROTO : 77);
+        stop_forger(&f, &tap, rx);
+    }
+    for (int what = 0; what < 4; what++) { /* data; content too long; nothing; cut off */
+        struct forger f;
+        struct tap tap;
+        struct lb_bulk *rx = start_forger(&f, &tap, 3);
+        struct lb_error err = LB_ERROR_INIT;
+        struct lb_record rec;
+        const void *data;
+        size_t len = 0, packed;
+        uint8_t head[LB_REC_HEADER_BYTES], payload[1000];
+        lb_bulk_set_checkpoint(rx);
+        packed = ZSTD_compress(payload, sizeof(payload), big,
+                               what == 1 ? LB_REC_MAX_PAYLOAD + 1 : what == 2 ? 0 : 5000, 1);
+        assert_false(ZSTD_isError(packed));
+        packed -= what == 3;
+        lb_rec_write_header(head, &(struct lb_rec_header){.type = LB_REC_FRAMES, .codec = 1,
+                                                          .payload_bytes = (uint32_t)packed});
+        forge(&f, head, sizeof(head));
+        forge(&f, payload, packed);
+        assert_int_equal(lb_bulk_recv(rx, &rec, 0, &err), 0);
+        assert_int_equal(lb_bulk_recv_blob(rx, &rec, &data, &len, &err), what ? -1 : 0);
+        assert_int_equal(what ? (int)err.code : (int)len, what ? (int)LB_E_PROTO : 5000);
+        stop_forger(&f, &tap, rx);
+    }
+    lb_zstd_free(z);
+    free(mem);
+    free(big);
+}
+
 static void optional_is_skipped(void **state)
 {
     (void)state;
@@ -946,6 +1067,8 @@ int main(void)
         cmocka_unit_test(impossible_headers),
         cmocka_unit_test(impossible_runs),
         cmocka_unit_test(forged_payloads),
+        cmocka_unit_test(headers_of_checkpoints),
+        cmocka_unit_test(payloads_of_checkpoints),
         cmocka_unit_test(optional_is_skipped),
         cmocka_unit_test(no_blocks_no_pages),
         cmocka_unit_test(deadline_loses_nothing),

@@ -161,7 +161,7 @@ static void ops_add(struct lb_disk_ops *o, uint32_t disk, uint64_t offset, uint6
 struct hose {
     struct lb_transport base;
     struct lb_transport *inner;
-    bool hold;
+    bool hold, copy; /* keep what comes; keep it and let it pass */
     uint8_t *buf;
     size_t len;
 };
@@ -170,14 +170,12 @@ static int hose_writev(struct lb_transport *t, const struct iovec *iov, unsigned
                        struct lb_error *err)
 {
     struct hose *h = (struct hose *)t;
-    if (!h->hold)
-        return h->inner->ops->writev(h->inner, iov, n, d, err);
-    for (unsigned i = 0; i < n; i++) {
+    for (unsigned i = 0; (h->hold || h->copy) && i < n; i++) {
         h->buf = lb_realloc(h->buf, h->len + iov[i].iov_len);
         memcpy(h->buf + h->len, iov[i].iov_base, iov[i].iov_len);
         h->len += iov[i].iov_len;
     }
-    return 0;
+    return h->hold ? 0 : h->inner->ops->writev(h->inner, iov, n, d, err);
 }
 static int hose_read(struct lb_transport *t, void *b, size_t l, uint64_t d, struct lb_error *err)
 {
@@ -309,6 +307,37 @@ static void pair_close(struct pair *p)
 static uint8_t *page_of(struct lb_hv_vm *vm, unsigned block, uint64_t page)
 {
     return (block ? vm->vram : vm->ram) + page * PAGE;
+}
+
+/* All that the initiator sends stays in the hose, from its greeting on; the responder's part is in
+ * DIR/r2i. Nothing arrives. */
+static void pair_open_recorded(struct pair *p, const char *dir)
+{
+    struct opening r = {.keys.cipher = LB_CIPHER_NONE};
+    struct hose back = {.base.ops = &HOSE_OPS, .copy = true};
+    pthread_t th;
+    char path[64];
+    FILE *f;
+
+    pair_open(p, UINT64_C(1) << 30, LB_CIPHER_NONE);
+    lb_bulk_close(p->tx);
+    lb_bulk_close(p->rx);
+    memset(r.keys.session_id, 7, sizeof(r.keys.session_id));
+    p->hose = (struct hose){.base.ops = &HOSE_OPS, .copy = true};
+    assert_int_equal(lb_memory_pair(&p->hose.inner, &back.inner, NULL), 0);
+    r.t = &back.base;
+    assert_int_equal(pthread_create(&th, NULL, respond, &r), 0);
+    assert_int_equal(lb_bulk_open(&p->hose.base, true, &r.keys, 3, 5000, &p->tx, NULL), 0);
+    pthread_join(th, NULL);
+    lb_bulk_close(r.b);
+    p->rx = NULL;
+    p->hose.copy = false;
+    p->hose.hold = true;
+    snprintf(path, sizeof(path), "%s/r2i", dir);
+    assert_non_null(f = fopen(path, "w"));
+    assert_int_equal(fwrite(back.buf, 1, back.len, f), back.len);
+    assert_int_equal(fclose(f), 0);
+    free(back.buf);
 }
 
 static void guest_writes(struct pair *p, unsigned block, uint64_t page, unsigned how)
@@ -548,6 +577,65 @@ static void deadlines_lose_nothing(void **state)
     assert_int_equal(lb_collector_apply(p.col, &err), 0);
     check_memory(&p);
     check_rest(&p);
+    pair_close(&p);
+}
+
+/* ------------------------------------------------------- the independent reader */
+
+static int run_reader(const char *dir, const uint8_t *i2r, size_t len, char *out, size_t out_size)
+{
+    char cmd[512], path[64];
+    FILE *f;
+
+    snprintf(path, sizeof(path), "%s/i2r", dir);
+    assert_non_null(f = fopen(path, "w"));
+    assert_int_equal(fwrite(i2r, 1, len, f), len);
+    assert_int_equal(fclose(f), 0);
+    snprintf(cmd, sizeof(cmd),
+             "/usr/bin/python3 tests/reader/stream_reader.py --checkpoint --secret %064d "
+             "--session %s %s/i2r %s/r2i 2>&1", 0, "07070707070707070707070707070707", dir, dir);
+    assert_non_null(f = popen(cmd, "r"));
+    out[fread(out, 1, out_size - 1, f)] = 0;
+    return pclose(f);
+}
+
+/* A whole protection goes to tests/reader/stream_reader.py (run from the top of the tree). It must
+ * find what was sent, and refuse the end of an epoch that is missing, or damage. */
+static void independent_reader(void **state)
+{
+    (void)state;
+    struct pair p;
+    struct lb_encoder_stats st;
+    struct lb_disk_op op = {.disk = 1, .kind = LB_DISK_ZERO, .offset = 4096, .len = 1 << 20};
+    char dir[] = "/tmp/lb-epochs-XXXXXX", out[4096], want[64];
+
+    assert_non_null(mkdtemp(dir));
+    pair_open_recorded(&p, dir);
+    assert_int_equal(lb_encoder_send_disk(p.enc, p.tx, &op, NULL), 0);
+    for (uint64_t n = 1; n <= 20; n++) {
+        guest_works(&p, 60);
+        capture(&p, n);
+        add_disk_and_frames(&p);
+        assert_int_equal(lb_encoder_send(p.enc, p.tx, &p.epoch, NULL), 0);
+    }
+    lb_encoder_get_stats(p.enc, &st);
+    assert_true(st.delta_pages > 0 && st.zero_pages > 0);
+    assert_int_equal(run_reader(dir, p.hose.buf, p.hose.len, out, sizeof(out)), 0);
+    assert_non_null(strstr(out, "20 epochs"));
+    assert_non_null(strstr(out, "EPOCH_END: 20 records, 0 pages, 160 payload"));
+    snprintf(want, sizeof(want), ", %llu pages", (unsigned long long)st.delta_pages);
+    assert_non_null(strstr(strstr(out, "DELTA: "), want));
+    assert_non_null(strstr(out, "FRAMES: "));
+    assert_non_null(strstr(out, "DISK: "));
+    for (size_t place = 113; place < p.hose.len; place += p.hose.len / 7) {
+        p.hose.buf[place] ^= 16;
+        assert_int_not_equal(run_reader(dir, p.hose.buf, p.hose.len, out, sizeof(out)), 0);
+        assert_non_null(strstr(out, "not valid: "));
+        p.hose.buf[place] ^= 16;
+    }
+    assert_int_not_equal(run_reader(dir, p.hose.buf, p.hose.len - 72, out, sizeof(out)), 0);
+    assert_non_null(strstr(out, "not valid: "));
+    assert_int_equal(lb_remove_tree(dir, NULL), 0);
     pair_close(&p);
 }
 
@@ -891,6 +979,7 @@ int main(void)
         cmocka_unit_test(many_epochs),
         cmocka_unit_test(first_copy_of_disks),
         cmocka_unit_test(deadlines_lose_nothing),
+        cmocka_unit_test(independent_reader),
         cmocka_unit_test(damaged_epochs),
         cmocka_unit_test(impossible_epochs),
         cmocka_unit_test(limit_of_an_epoch),
