@@ -147,6 +147,12 @@ bench-remus: deps-bench
 	$(Q)$(MAKE) --no-print-directory bench-remus-run
 bench-remus-run: all tools $(GUEST)
 	$(Q)tests/bench/bench_remus.py $(BENCH_ARGS)
+# What an epoch costs, without a guest
+bench-stage: $(O)/tests/bench/bench_stage
+	$(Q)$(O)/tests/bench/bench_stage $(BENCH_ARGS)
+$(O)/tests/bench/%: tests/bench/%.c $(O)/liblifeboat.a
+	$(call say,LD,$@)
+	$(Q)mkdir -p $(@D) && $(CC) $(ALL_CFLAGS) -MF $@.d -o $@ $< $(O)/liblifeboat.a $(ALL_LIBS)
 
 # ---- install
 BINDIR   := $(PREFIX)/sbin
@@ -179,11 +185,12 @@ help:
 	@echo "check-lint check-fuzz check-integration check-softdirty check-e2e [T=name]   one group"
 	@echo "check-san      unit and engine tests with SAN=address,undefined (default) or SAN=thread"
 	@echo "bench-migrate  (root) Lifeboat and QEMU's own migration side by side [BENCH_ARGS=--quick]"
+	@echo "bench-stage    microseconds per page and bytes on the wire of an epoch [BENCH_ARGS='EPOCHS PAGES']"
 	@echo "install        DESTDIR= PREFIX=/usr/local"
 	@echo "clean          everything but the guest, the Debian 13 tree and the vectors"
 
 .PHONY: all unit integration tools guest check check-all check-lint check-unit check-integration check-e2e \
-	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run \
+	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-stage \
 	install format clean help
 .SECONDARY:
 -include $(shell find $(O)/obj $(O)/tests -type f -name '*.d' 2>/dev/null)
