@@ -248,6 +248,7 @@ static void connect_pair(struct pair *p, enum lb_cipher cipher)
     pthread_t th;
 
     memset(r.keys.session_id, 7, sizeof(r.keys.session_id));
+    free(p->hose.buf);
     p->hose = (struct hose){.base.ops = &HOSE_OPS};
     assert_int_equal(lb_memory_pair(&p->hose.inner, &r.t, NULL), 0);
     assert_int_equal(pthread_create(&th, NULL, respond, &r), 0);
