@@ -16,6 +16,10 @@
  *   src-running    Running received               dst-acked        Running sent
  *   src-destroyed  own copy destroyed
  *
+ *   backup of a protected VM (remus/backup_promote.c)
+ *   bk-loaded      state loaded, record PROMOTING bk-journalled    journal RUNNING
+ *   bk-won         the witness gave it to us      bk-ran           guest runs
+ *
  * Without the variable a point costs one getenv, and points are a handful per
  * migration.  A value that is not understood is logged and ignored: a session
  * must never hang because of a mistyped variable. */

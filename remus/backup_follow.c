@@ -316,6 +316,8 @@ static bool yield_overdue(struct lb_bk *b)
 /* The connection is gone, and no automatic witness: a person has to say that the primary is dead. */
 static int await_word(struct lb_bk *b, struct lb_error *err)
 {
+    if (b->yield_asked && *b->env->failover_force)
+        return 0; /* said just before the connection was seen to be gone */
     lb_bk_note(b, "host %s is lost: when you know that it is down: lifeboat failover %s --force",
                b->rx.peer, b->rx.entry.name);
     lb_log(LB_LOG_WARN, "%s", b->st.note);

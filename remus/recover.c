@@ -346,12 +346,9 @@ static int beaten(struct rc *r, struct lb_error *err)
     return 0;
 }
 
-static int undecided(struct rc *r, bool gone, struct lb_error *err)
+static int undecided(struct rc *r, const char *here, struct lb_error *err)
 {
-    if (gone)
-        say(r, "its process is gone; whether host %s took it over is not known", r->rec.peer);
-    else
-        say(r, "stopped here: whether host %s took it over is not known", r->rec.peer);
+    say(r, "%s; whether host %s runs it is not known", here, r->rec.peer);
     snprintf(r->e.note, sizeof(r->e.note), "%s", r->text + strlen(r->e.name) + 2);
     lb_vm_entry_save(r->env->state_dir, &r->e, NULL);
     if (err)
@@ -387,7 +384,7 @@ static int recover_primary(struct rc *r, struct lb_error *err)
     case NOBODY_KNOWS:
         break;
     }
-    return undecided(r, gone, err);
+    return undecided(r, gone ? "its process is gone" : "stopped here", err);
 }
 
 /* ------------------------------------------------------------------------ a standby */
@@ -439,7 +436,7 @@ static int claim_again(struct rc *r, struct lb_error *err)
         return discard(r, err);
     keep_promise(r);
     if (open_witness(r, LB_SIDE_BACKUP, &w, err))
-        return undecided(r, false, err);
+        return undecided(r, "loaded here and paused", err);
     LB_AUTO_FD int lock = lb_journal_lock(dir, r->e.token, JOURNAL_LOCK_MS, err);
     if (lock >= 0 && !lb_journal_load(dir, r->e.token, &r->journal, err))
         c = r->journal.state == LB_J_PREPARED
@@ -452,7 +449,7 @@ static int claim_again(struct rc *r, struct lb_error *err)
         close(LB_STEAL_FD(lock));
     return c == LB_CLAIM_WON    ? finish(r, err)
            : c == LB_CLAIM_LOST ? discard(r, err)
-                                : undecided(r, false, err);
+                                : undecided(r, "loaded here and paused", err);
 }
 
 static int recover_backup(struct rc *r, struct lb_error *err)

@@ -450,6 +450,46 @@ static void test_disk_lock(void **s)
     free(path);
 }
 
+/* A disk of which a copy is kept: it may be missing, its folder not; and nobody may use it. */
+static void test_copied_disk(void **s)
+{
+    (void)s;
+    char *path = in_dir("copy.img"), *nowhere = in_dir("no/copy.img");
+    const char *const copied[] = {path, nowhere};
+    struct lb_disk_desc disk = {(char *)"d0", path, (char *)"raw", false, false};
+    struct lb_vm_desc d = desc(ARGV("-S"));
+    struct lb_report r = {0};
+    d.disks = &disk;
+    d.n_disks = 1;
+    expect(&d, "disks", LB_CHECK_FAIL, "copy.img", "path = ");
+    lb_preflight_standby(&d, &cfg, dir, lb_wall_ms(), copied, 2, &r);
+    assert_false(lb_report_refused(&r));
+    assert_non_null(find(&r, "disks", LB_CHECK_OK, "will be made"));
+    lb_report_free(&r);
+
+    disk.path = nowhere;
+    lb_preflight_standby(&d, &cfg, dir, lb_wall_ms(), copied, 2, &r);
+    assert_non_null(find(&r, "disks", LB_CHECK_FAIL, "cannot be made"));
+    lb_report_free(&r);
+
+    disk.path = path;
+    put("copy.img", "x", 0644);
+    lb_preflight_standby(&d, &cfg, dir, lb_wall_ms(), copied, 2, &r);
+    assert_non_null(find(&r, "disks", LB_CHECK_OK, "will be overwritten"));
+    assert_null(find(&r, "disk-locks", LB_CHECK_WARN, ""));
+    lb_report_free(&r);
+
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    struct flock l = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 201, .l_len = 1};
+    assert_int_equal(fcntl(fd, F_OFD_SETLK, &l), 0);
+    lb_preflight_standby(&d, &cfg, dir, lb_wall_ms(), copied, 2, &r);
+    assert_non_null(find(&r, "disk-locks", LB_CHECK_FAIL, "in use here"));
+    lb_report_free(&r);
+    close(fd);
+    free(path);
+    free(nowhere);
+}
+
 static void test_sockets(void **s)
 {
     (void)s;
@@ -676,7 +716,7 @@ int main(void)
         cmocka_unit_test(test_scan_by_hand), cmocka_unit_test(test_scan_libvirt),
         cmocka_unit_test(test_scan_proxmox), cmocka_unit_test(test_scan_nonsense),
         T(test_all_good), T(test_emulator), T(test_run_deadline), T(test_resources), T(test_files),
-        T(test_other_user), T(test_disk_lock), T(test_sockets), T(test_ports), T(test_taps),
+        T(test_other_user), T(test_disk_lock), T(test_copied_disk), T(test_sockets), T(test_ports), T(test_taps),
         cmocka_unit_test(test_real_taps),         T(test_others), cmocka_unit_test(test_features), cmocka_unit_test(test_report),
     };
     return cmocka_run_group_tests_name("preflight", tests, NULL, NULL);
