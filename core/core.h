@@ -226,6 +226,9 @@ int lb_proc_kill(const struct lb_proc_id *id, unsigned timeout_ms, struct lb_err
  * removes those that nobody serves any more. */
 char **lb_proc_listening(pid_t pid);
 void lb_remove_dead_sockets(char *const *paths);
+/* The calling thread before all ordinary work of this host, for what others wait for with a deadline. Not
+ * everywhere allowed: then it stays as it was, and the log says so once. */
+void lb_thread_realtime(void);
 /* NULL-terminated argv of /proc/PID/cmdline. Caller: lb_strv_free. */
 int lb_proc_cmdline(pid_t pid, char ***argv, struct lb_error *err);
 

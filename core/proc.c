@@ -8,7 +8,10 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/pidfd.h>
@@ -226,4 +229,14 @@ int lb_proc_cmdline(pid_t pid, char ***argv, struct lb_error *err)
         v[i++] = lb_strdup(text + at);
     *argv = v;
     return 0;
+}
+
+void lb_thread_realtime(void)
+{
+    static atomic_flag said = ATOMIC_FLAG_INIT;
+    struct sched_param sp = {.sched_priority = 10};
+    int e = pthread_setschedparam(pthread_self(), SCHED_RR, &sp);
+
+    if (e && !atomic_flag_test_and_set(&said))
+        lb_log(LB_LOG_INFO, "no real-time priority: %s", strerror(e));
 }

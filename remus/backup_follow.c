@@ -14,7 +14,6 @@
 
 #include <errno.h>
 #include <poll.h>
-#include <sched.h>
 #include <string.h>
 
 #define SLICE_NS UINT64_C(10000000)
@@ -33,27 +32,15 @@ bool lb_bk_readable(int fd)
 
 /* --------------------------------------------------------------- control reader */
 
-/* A beat that is late costs the primary its lease: before other work of this host, when allowed. */
-static void take_priority(struct lb_bk *b)
-{
-    struct sched_param p = {.sched_priority = 1};
-    int e;
-
-    if (b->priority_set)
-        return;
-    b->priority_set = true;
-    e = pthread_setschedparam(pthread_self(), SCHED_RR, &p);
-    if (e)
-        lb_log(LB_LOG_INFO, "no real-time priority for heartbeats: %s", strerror(e));
-}
-
 static void on_beat(struct lb_bk *b, uint64_t sent_ns)
 {
     Lb__Control m = LB__CONTROL__INIT;
     Lb__BeatAnswer a = LB__BEAT_ANSWER__INIT;
     bool claiming;
 
-    take_priority(b);
+    if (!b->priority_set)
+        lb_thread_realtime(); /* a beat that is late costs the primary its lease */
+    b->priority_set = true;
     pthread_mutex_lock(&b->mu);
     claiming = b->claiming;
     if (!claiming)

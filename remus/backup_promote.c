@@ -230,9 +230,10 @@ static void tell_network(struct lb_bk *b)
     size_t len, frames_len;
 
     lb_collector_state(b->coll, &state, &len, &frames, &frames_len);
-    if (frames_len && lb_output_inject(b->rx.vm, &id, frames, frames_len, &e))
-        lb_log_error(LB_LOG_WARN, &e);
+    /* First: until the switches know, what clients send again goes to the host that is dead. */
     if (lb_hv_announce(b->rx.vm, &e))
+        lb_log_error(LB_LOG_WARN, &e);
+    if (frames_len && lb_output_inject(b->rx.vm, &id, frames, frames_len, &e))
         lb_log_error(LB_LOG_WARN, &e);
 }
 

@@ -6,12 +6,10 @@
 #include "remus/guard.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <string.h>
 
 #include "migrate/ctl.h"
 
-#define REALTIME_PRIORITY 10
 #define CLAIM_NS UINT64_C(2000000000)         /* one attempt */
 #define CLAIM_FENCE_NS UINT64_C(30000000000)  /* a machine's power is slower than a database */
 #define RETRY_MS_MIN 20
@@ -33,13 +31,6 @@ struct lb_guard {
     uint64_t lapsed_ns;       /* since when; 0: it has not */
     char trouble[256];
 };
-
-static void realtime(void)
-{
-    struct sched_param sp = {.sched_priority = REALTIME_PRIORITY};
-
-    pthread_setschedparam(pthread_self(), SCHED_RR, &sp); /* not everywhere allowed */
-}
 
 static void wait_until(struct lb_guard *g, uint64_t deadline_ns)
 {
@@ -133,7 +124,7 @@ static void *guard_main(void *arg)
 {
     struct lb_guard *g = arg;
 
-    realtime();
+    lb_thread_realtime();
     pthread_mutex_lock(&g->mu);
     while (!g->quit) {
         bool changed = false;
@@ -159,7 +150,7 @@ static void *beat_main(void *arg)
     Lb__Control m = LB__CONTROL__INIT;
     Lb__Beat b = LB__BEAT__INIT;
 
-    realtime();
+    lb_thread_realtime();
     m.kind_case = LB__CONTROL__KIND_BEAT;
     m.beat = &b;
     pthread_mutex_lock(&g->mu);
@@ -224,7 +215,7 @@ static void *asker_main(void *arg)
     struct lb_guard *g = arg;
     unsigned wait_ms = RETRY_MS_MIN;
 
-    realtime();
+    lb_thread_realtime();
     pthread_mutex_lock(&g->mu);
     while (!g->quit && g->verdict == LB_GUARD_OPEN) {
         enum lb_verdict_on_us v;

@@ -23,7 +23,7 @@
 #include <stdint.h>
 
 #define LB_BEAT_MS 10
-#define LB_LEASE_MS 150
+#define LB_LEASE_MS 100
 #define LB_LEASE_MIN_MS 50
 
 struct lb_lease {

@@ -123,6 +123,7 @@ struct prot {
 
     pthread_t shipper;
     bool shipping;
+    bool reader_priority;              /* control reader */
 };
 
 /* protect.c */

@@ -168,6 +168,9 @@ bool lb_prot_on_message(const Lb__Control *m, void *arg)
 
     switch (m->kind_case) {
     case LB__CONTROL__KIND_BEAT_ANSWER:
+        if (!p->reader_priority)
+            lb_thread_realtime();
+        p->reader_priority = true;
         lb_guard_answered(p->guard, m->beat_answer->sent_ns);
         return true;
     case LB__CONTROL__KIND_EPOCH_ACK:
