@@ -45,8 +45,7 @@ out_has() { [[ $out == *"$1"* ]]; point "$name: prints \"$1\"" $? "$(says)"; }
 err_has() { [[ $err == *"$1"* ]]; point "$name: complains \"$1\"" $? "$(says)"; }
 # The answer is one JSON object for which the Python expression over `o` is true.
 json_has() {
-    python3 -m json.tool <<<"$out" >/dev/null 2>"$dir/why" &&
-        python3 -c 'import json, sys
+    python3 -c 'import json, sys
 o = json.loads(sys.argv[1])
 sys.exit(0 if eval(sys.argv[2]) else 1)' "$out" "$1" 2>"$dir/why"
     point "$name: JSON: $1" $? "$(says); $(<"$dir/why")"
@@ -369,7 +368,8 @@ else
     [ -z "$(ls -A "$dir/b/vms")" ]; point "stop leaves nothing" $? "$(find "$dir/b/vms")"
 
     # protected; what a protection does to a guest is for other tests
-    a "run it again" 0 run vm -- $qemu "${machine[@]}"
+    a "run it again" 0 run vm --json -- $qemu "${machine[@]}"
+    pid=$(get "['pid']")
     a "protect" 0 protect vm --backup b --manual --disk none
     out_has "protection by host b begins"
     out_has "nothing, until somebody says"
@@ -400,8 +400,13 @@ else
     done
     a "status" 0 status vm --json
     session=$(get "['session']['pid']")
+    log=$dir/a/log/$(get "['session']['id']").log
+    head -c 1100000 /dev/zero | tr '\0' '\n' >>"$log"
+    # shellcheck disable=SC2016
+    eventually "the log of a long session begins anew" sh -c '[ "$(stat -c %s "$1")" -lt 1000000 ] && [ -s "$1.old" ]' sh "$log"
     kill -9 "${daemons[-1]}" # that of a: it was started again above
-    start a --listen "127.0.0.1:$port_a"
+    printf 'witness = manual\nbackup = b\n' >"$dir/a.conf"
+    start a --listen "127.0.0.1:$port_a" --config "$dir/a.conf"
     # shellcheck disable=SC2016
     eventually "a new daemon knows the protection" sh -c '"$1/lifeboat" --host "$2/a.sock" top --json | grep -q "\"state\":\"protected\""' sh "$bin" "$dir"
     a "status after kill -9 of the daemon" 0 status vm --json
@@ -412,12 +417,31 @@ else
     json_has "o['state'] == 'running' and o['running'] is True and o['session'] is None and 'protect' not in o"
     # shellcheck disable=SC2016
     eventually "the standby is gone" sh -c '[ -z "$(ls -A "$1/b/vms")" ]' sh "$dir"
-    a "protect with events" 0 protect vm --manual --disk none --json --progress
+    a "host trust of one that does not answer" 0 host trust dead "$other" 127.0.0.1:1
+    a "protect by the second host" 0 protect vm --backup dead,b --manual --disk none
+    out_has "VM vm is protected by host b"
+    err_has "the next one is tried"
+    a "unprotect" 0 unprotect vm
+    failure "protect by nobody" 7 net protect vm --backup dead --manual
+    a "after that" 0 status vm --json
+    json_has "o['state'] == 'running' and 'protect' not in o"
+    a "protect as configured, with events" 0 protect vm --disk none --json --progress
     lines=$out
     out=$(tail -n 1 <<<"$lines")
     json_has "o['protected'] is True and o['host'] == 'b' and o['protect']['state'] == 'protected'"
     out="[$(head -n -1 <<<"$lines" | paste -sd ,)]"
     json_has "o[0]['event'] == 'started' and o[0]['wish']['witness'] == 'manual' and {'preflight', 'protect'} <= {e['event'] for e in o}"
+
+    # the standby dies: the VM runs on, and is protected again
+    b "status" 0 status vm --json
+    kill -9 "$(get "['session']['pid']")"
+    # shellcheck disable=SC2016
+    eventually "after the death of the standby" sh -c '! "$1/lifeboat" --host "$2/a.sock" top --json | grep -q "\"state\":\"protected\""' sh "$bin" "$dir"
+    for _ in $(seq 10); do sleep 1; "$bin/lifeboat" --host "$dir/a.sock" top --json | grep -q '"state":"protected"' && break; done
+    a "protected again" 0 status vm --json
+    json_has "o['state'] == 'protected' and o['protect']['state'] == 'protected' and o['pid'] == $pid"
+    b "the standby's host too" 0 status vm --json
+    json_has "o['state'] == 'standby'"
 
     # the session dies: nobody else can have taken over, so the VM comes back, and is protected again
     a "status" 0 status vm --json
