@@ -83,10 +83,13 @@ static inline void etcd_start(struct etcd_cluster *c, unsigned i)
     free(all);
 }
 
+/* Returns when it is dead, or when the last of its threads has stopped. */
 static inline void etcd_signal(struct etcd_cluster *c, unsigned i, int number)
 {
     assert_true(c->pid[i] > 0);
     assert_int_equal(kill(c->pid[i], number), 0);
+    if (number == SIGSTOP)
+        assert_int_equal(waitpid(c->pid[i], NULL, WUNTRACED), c->pid[i]);
     if (number != SIGKILL)
         return;
     assert_int_equal(waitpid(c->pid[i], NULL, 0), c->pid[i]);
