@@ -12,6 +12,7 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from etcd import Etcd
 from rig import BUILD, GUEST, GUEST_IP, TOOLS, Rig, RigError, read_tail, wait_for
 
 CLI = os.path.join(BUILD, "lifeboat")
@@ -253,11 +254,13 @@ class Command:
 
 
 class Fleet(Rig):
-    """A rig with a daemon on every host, all trusting each other: fleet.daemons["a"], fleet.da, fleet.db."""
+    """A rig with a daemon on every host, all trusting each other: fleet.daemons["a"], fleet.da, fleet.db. witness: how many
+    members of etcd there are (fleet.etcd)."""
 
-    def __init__(self, prefix="lb", hosts="AB", taps=1, configs=None, environments=None, trust=True, **options):
+    def __init__(self, prefix="lb", hosts="AB", taps=1, configs=None, environments=None, trust=True, witness=0, **options):
         super().__init__(prefix, hosts, taps, **options)
         try:
+            self.etcd = Etcd(self, witness) if witness else None
             self.daemons = {}
             for role, host in self.hosts.items():
                 self.daemons[role] = Daemon(host, self.default_config(host) + (configs or {}).get(role, ""),
@@ -279,6 +282,16 @@ class Fleet(Rig):
             for other, key in keys.items():
                 if other != role:
                     daemon.cli("host", "trust", other, key, "%s:%d" % (self.hosts[other].mig_ip, PORT))
+
+    def kill_host(self, host, silent=True):
+        when = super().kill_host(host, silent)
+        self.daemons[host.role].proc.wait()
+        return when
+
+    def revive_host(self, host, environment=None):
+        """The host boots and its daemon starts, with the state directory it had."""
+        super().revive_host(host)
+        self.daemons[host.role].start(environment)
 
     def run_vm(self, role="a", name="vm", **options):
         """A guest through `lifeboat run`."""

@@ -4,10 +4,11 @@
                          |  lan0 (bridge)    mig0 (bridge)  |
     A  10.77.0.1  br0 ---+   both in the                    +-- 10.78.0.2  B
     B  10.77.0.2  br0 ---+   namespace "lan"                +-- 10.78.0.3  C
-         |
+         |                                                  +-- 10.78.0.201 ...  witness hosts (Rig.add_witness(), etcd.py)
          tap0 ... (persistent, the same names in every host) -- guest 10.77.0.10, reachable wherever it runs
 
-Guest and client traffic goes over lan0, the migration over mig0, so that shaping one leaves the other alone. Every name of a
+Guest and client traffic goes over lan0, the migration over mig0, so that shaping one leaves the other alone. Hosts die
+(kill_host, revive_host), stand still (stop_host, continue_host) and lose sight of one another (partition, heal). Every name of a
 namespace is PREFIX + pid + "-" + role. Leaving the context (or the process, by exit, exception or SIGTERM) kills every
 process in the namespaces, removes them and the folder; what a killed run left behind is removed by the next with its prefix.
 
@@ -32,12 +33,15 @@ import time
 import traceback
 
 CLONE_NEWNET = 0x40000000
+BLOCK_PREF = 77  # of our tc filters
 LAN = "10.77.0"
 MIG = "10.78.0"
 GUEST_IP = LAN + ".10"
+GUEST_MAC = "52:54:00:77:01:10"
 CLIENT_IP = LAN + ".100"
 UDP_PORT = 9000
 REPO = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+MEMORY = "/dev/shm"
 BUILD = os.environ.get("LB_BUILD", os.path.join(REPO, "build"))
 TOOLS = os.environ.get("LB_TOOLS", os.path.join(BUILD, "tests", "tools"))
 GUEST = os.environ.get("LB_GUEST", os.path.join(BUILD, "guest"))
@@ -174,6 +178,8 @@ class Namespace:
         self.inode = os.stat(self.path).st_ino
         self.dir = os.path.join(rig.dir, role)
         os.mkdir(self.dir, 0o755)
+        self.cables = {}    # {device: (port of the lan, MAC)}, by Rig.plug()
+        self.bridge_mac = None
         self.ip("link", "set", "lo", "up")
 
     def ip(self, *argv):
@@ -236,10 +242,77 @@ class Namespace:
                 raise RigError("%s: still running after SIGKILL: %s" % (self.role, pids))
             time.sleep(0.01)
 
+    def signal(self, number):
+        """One signal to every process in it that is there now; returns their pids."""
+        pids = [pid for pid in self.pids() if not _is_zombie(pid)]
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+        return pids
+
+    def stop(self, timeout_s=5):
+        """SIGSTOP to every process in it. Returns when all threads stand still, those that were made meanwhile, too."""
+        end = time.monotonic() + timeout_s
+        while self.signal(signal.SIGSTOP) and not all(_is_stopped(pid) for pid in self.pids()):
+            if time.monotonic() > end:
+                raise RigError("%s: goes on after SIGSTOP" % self.role)
+            time.sleep(0.001)
+
+    def cont(self):
+        """SIGCONT to every process in it."""
+        self.signal(signal.SIGCONT)
+
+    def unplug(self, on=True):
+        """Pulls its cables out of the switches (or plugs them in): nothing gets in or out, not even a last RST."""
+        for port, _ in self.cables.values():
+            self.rig.lan.ip("link", "set", port, "down" if on else "up")
+
+    def macs(self):
+        """Of the host itself: frames of its guests have other sources."""
+        return [mac for _, mac in self.cables.values()] + ([self.bridge_mac] if self.bridge_mac else [])
+
+    def block(self, others):
+        """From now on frames from those namespaces, and from no others, are dropped as they arrive here."""
+        macs = sorted({mac for other in others for mac in other.macs()})
+        for device in self.cables:
+            sh("tc", "-n", self.name, "qdisc", "add", "dev", device, "clsact", check=False)  # may be there
+            where = ["dev", device, "ingress", "pref", BLOCK_PREF]
+            if macs:
+                # Replaced in one step, so that what stays blocked is never let through.
+                sh("tc", "-n", self.name, "filter", "replace", *where, "protocol", "all", "handle", "1", "bpf",
+                   "direct-action", "bytecode", _drop_from(macs))
+            else:
+                sh("tc", "-n", self.name, "filter", "del", *where, check=False)
+
     def link_bytes(self, device):
         """(sent, received) bytes of an interface, as its counters have them."""
         stats = json.loads(self.ip("-j", "-s", "link", "show", "dev", device))[0]["stats64"]
         return stats["tx"]["bytes"], stats["rx"]["bytes"]
+
+
+def _drop_from(macs):
+    """Classic BPF for tc: drops frames with these source addresses. The only classifier that every kernel here has."""
+    code, n = [], len(macs)
+    for i, mac in enumerate(macs):
+        value = int(mac.replace(":", ""), 16)
+        code += [(0x28, 0, 0, 6), (0x15, 0, 2, value >> 32), (0x20, 0, 0, 8),
+                 (0x15, 4 * (n - 1 - i) + 1, 0, value & 0xffffffff)]
+    code += [(0x06, 0, 0, 0xffffffff), (0x06, 0, 0, 2)]  # TC_ACT_UNSPEC, TC_ACT_SHOT
+    return "%d,%s," % (len(code), ",".join("%d %d %d %d" % line for line in code))
+
+
+def _is_stopped(pid):
+    """All its threads; a process that has ended counts, too."""
+    try:
+        for tid in os.listdir("/proc/%d/task" % pid):
+            with open("/proc/%d/task/%s/stat" % (pid, tid)) as f:
+                if f.read().rsplit(")", 1)[1].split()[0] not in "TtZX":
+                    return False
+    except OSError:
+        return _is_zombie(pid)
+    return True
 
 
 def _is_zombie(pid):
@@ -261,7 +334,8 @@ class Host(Namespace):
         rig.plug(self, "eth0", "lan0")
         rig.plug(self, "mig0", "mig0")
         # A bridge takes the lowest address of its ports unless told: it would change as taps come and go.
-        self.ip("link", "add", "br0", "address", "52:54:00:77:00:%02x" % number, "type", "bridge", "stp_state", "0",
+        self.bridge_mac = "52:54:00:77:00:%02x" % number
+        self.ip("link", "add", "br0", "address", self.bridge_mac, "type", "bridge", "stp_state", "0",
                 "forward_delay", "0", "mcast_snooping", "0")
         self.ip("link", "set", "eth0", "master", "br0")
         for device in ("eth0", "br0", "mig0"):
@@ -278,9 +352,29 @@ class Host(Namespace):
         self.ip("link", "set", name, "master", "br0", "up")
         self.taps.append(name)
 
+    def forget(self):
+        """What a host does not remember when it has died: interfaces that its processes made, filters. The taps are new."""
+        for link in json.loads(self.ip("-j", "-d", "link", "show")):
+            if link.get("linkinfo", {}).get("info_kind") == "tun":
+                self.ip("link", "del", link["ifname"])
+        taps, self.taps = self.taps, []
+        for tap in taps:
+            self.add_tap(tap)
+
     def partition(self, on=True, device="mig0"):
         """Cuts (or mends) a link of this host: "mig0" or "eth0"."""
         self.ip("link", "set", device, "down" if on else "up")
+
+
+class WitnessHost(Namespace):
+    """A host with nothing but the migration network."""
+
+    def __init__(self, rig, role, number):
+        super().__init__(rig, role)
+        self.mig_ip = "%s.%d" % (MIG, number)
+        rig.plug(self, "mig0", "mig0")
+        self.ip("link", "set", "mig0", "up")
+        self.ip("addr", "add", self.mig_ip + "/24", "dev", "mig0")
 
 
 class Vm:
@@ -399,6 +493,91 @@ class RedisLoad(Observer):
         wait_for(lambda: any(line.get("requests", 0) > 10 for line in self.snapshot()), timeout_s, "answers of Redis")
 
 
+class IncrLoad(Observer):
+    """INCR of one key over one connection, one request in flight: what a client was promised. log: every answer is kept."""
+
+    def __init__(self, namespace, host=GUEST_IP, key="lb:incr", rate=0, stall_ms=100, timeout_s=30, log=None):
+        self.namespace, self.host, self.key, self.log = namespace, host, key, log
+        super().__init__(namespace, [os.path.join(TOOLS, "incr"), "--host", host, "--key", key, "--rate", str(rate), "--stall-ms",
+                                     str(stall_ms), "--timeout", str(timeout_s)] + (["--log", log] if log else []))
+
+    def acked(self):
+        """How many answers have come, as of at most 100 ms ago."""
+        return max((line["acked"] for line in self.snapshot()[-20:] if "acked" in line), default=0)
+
+    def wait_flowing(self, timeout_s=30, more=10):
+        """Waits for so many further answers."""
+        start = self.acked()
+        wait_for(lambda: self.acked() >= start + more or self.proc.poll() is not None, timeout_s, "answers of Redis")
+        if self.proc.poll() is not None:
+            raise RigError("incr ended: %s" % self.snapshot()[-1:])
+
+    def stalls(self, start=0.0, end=float("inf")):
+        """Answers that took longer than stall_ms and touch that time, as lines of the tool."""
+        return [line for line in self.snapshot() if "stall_ms" in line and line["end"] >= start and line["start"] <= end]
+
+    def answers(self):
+        """[(value, sent, received)] of the log, after stop()."""
+        with open(self.log) as f:
+            return [(int(v), float(sent), float(got)) for v, sent, got in map(str.split, f)]
+
+    def stored(self, timeout_s=5):
+        """The key as a new connection reads it."""
+        with self.namespace.socket() as sock:
+            sock.settimeout(timeout_s)
+            sock.connect((self.host, 6379))
+            sock.sendall(b"GET %s\r\n" % self.key.encode())
+            data = b""
+            while data.count(b"\r\n") < 2:
+                piece = sock.recv(4096)
+                if not piece:
+                    raise RigError("Redis closed the connection")
+                data += piece
+        return int(data.split(b"\r\n")[1])
+
+    def verdict(self):
+        """Ends it; returns (report, [what was not kept of what the client was promised])."""
+        report = self.stop()
+        broken = []
+        if report["error"]:
+            broken.append("the connection: %s" % report["error"])
+        if report["forgotten"] or report["skipped"]:
+            broken.append("%d forgotten, %d skipped" % (report["forgotten"], report["skipped"]))
+        stored = self.stored()
+        if not report["last"] <= stored <= report["last"] + report["unanswered"]:
+            broken.append("answered %d, stored %d" % (report["last"], stored))
+        return report, broken
+
+
+class GuestCapture(Observer):
+    """Where a guest sends, by its MAC, on all hosts at once: group "uplink" is what leaves a host, group "tap" what comes from
+    its taps (held output comes twice: when the guest sends it and when it is released)."""
+
+    def __init__(self, rig, mac=GUEST_MAC, hosts=None, tap="tap0"):
+        hosts = hosts or list(rig.hosts.values())
+        spots = []
+        for host in hosts:
+            spots += ["uplink:%s:%s:eth0:out" % (host.role, host.path), "tap:%s:%s:%s:in" % (host.role, host.path, tap)]
+        # The order matters: --stream, added by Observer, may come last.
+        super().__init__(rig.lan, [os.path.join(TOOLS, "guestcap"), "--mac", mac] + spots)
+
+    def runs(self, group="uplink"):
+        """After stop(): [{"place", "first", "last", "frames"}], oldest first."""
+        return self.lines[-1]["groups"].get(group, [])
+
+    def order(self, group="uplink"):
+        """After stop(): the hosts in the order in which the guest sent from them. Two copies at a time show as a host that
+        comes back: ["a", "b", "a", "b"]."""
+        return [run["place"] for run in self.runs(group)]
+
+    def place(self, group="uplink"):
+        """Where its newest frame came from, as of at most 0.3 s ago, and when: (role, time); (None, 0) before the first."""
+        for line in reversed(self.snapshot()):
+            if line.get("group") == group:
+                return line["place"], line["last"]
+        return None, 0
+
+
 class Measure:
     """What a migration cost, measured the same way whatever does it: bytes on the source's migration link, processor time of
     given processes, and time. Start it, migrate, stop() it."""
@@ -441,7 +620,8 @@ class Rig:
             raise RigError("prefix %r: 1 to 8 small letters" % prefix)
         self.prefix, self.keep = prefix, keep
         self.name = "%s%d" % (prefix, os.getpid())
-        self._namespaces, self._closed, self.hosts, self.vms = [], False, {}, []
+        self._namespaces, self._closed, self.hosts, self.vms, self.witnesses = [], False, {}, [], []
+        self._partitions, self._removed_at_end = set(), []
         self._owner = os.getpid()
         remove_stale(prefix)
         self.dir = tempfile.mkdtemp(prefix=self.name + "-")
@@ -478,6 +658,7 @@ class Rig:
         """A cable from a namespace to a bridge of the lan."""
         port = "%s-%s" % (bridge[:3], namespace.role)
         self.lan.ip("link", "add", "name", port, "type", "veth", "peer", "name", device, "netns", namespace.name)
+        namespace.cables[device] = (port, json.loads(namespace.ip("-j", "link", "show", "dev", device))[0]["address"])
         self.lan.ip("link", "set", port, "master", bridge, "up")
 
     def __enter__(self):
@@ -499,7 +680,57 @@ class Rig:
         for vm in self.vms:
             vm.proc.wait()
         if not self.keep:
-            shutil.rmtree(self.dir, ignore_errors=True)
+            for folder in [self.dir] + self._removed_at_end:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def memory_dir(self, name):
+        """A folder in memory that goes with the rig."""
+        path = os.path.join(MEMORY, "%s-%s" % (self.name, name))
+        os.mkdir(path, 0o700)
+        self._removed_at_end.append(path)
+        return path
+
+    # -- what happens to hosts
+
+    def add_witness(self):
+        """A host on the migration network only: rig.witnesses[0] is "w1" at 10.78.0.201, and so on."""
+        number = len(self.witnesses) + 1
+        self.witnesses.append(self._add(WitnessHost(self, "w%d" % number, 200 + number)))
+        return self.witnesses[-1]
+
+    def partition(self, a, b, one_way=False):
+        """Nothing of host a arrives at host b any more, nor the other way round unless one_way. Guests' frames and the client's
+        pass: it is the hosts that lose each other."""
+        self._partitions.add((a, b))
+        if not one_way:
+            self._partitions.add((b, a))
+        self._apply_partitions({a, b})
+
+    def heal(self, a=None, b=None):
+        """Ends the partition of two hosts, both ways; without arguments all."""
+        ended = {pair for pair in self._partitions if a is None or set(pair) == {a, b}}
+        self._partitions -= ended
+        self._apply_partitions({namespace for pair in ended for namespace in pair})
+
+    def _apply_partitions(self, receivers):
+        for receiver in receivers:
+            receiver.block([a for a, b in self._partitions if b is receiver])
+
+    def kill_host(self, host, silent=True):
+        """SIGKILL to every process of it. silent: its cables go first, as when its power does; otherwise its kernel still says
+        goodbye to every connection. Returns time.time() of the moment after which nothing of it got out or ran."""
+        if silent:
+            host.unplug()
+        host.signal(signal.SIGKILL)
+        when = time.time()
+        host.crash()
+        return when
+
+    def revive_host(self, host):
+        """It boots: cables plugged, no process, nothing left of what its kernel had. Its files are as they were."""
+        host.crash()
+        host.forget()
+        host.unplug(False)
 
     # -- the migration link
 
@@ -524,7 +755,7 @@ class Rig:
 
     def qemu_argv(self, host, name, work="", memory_mb=1024, machine="pc-i440fx-7.2", smp=1, tap="tap0", nic="virtio-net-pci",
                   disk=None, disk_device="virtio-blk-pci", memfd=False, incoming=None, full_kernel=False, extra=(), guest=GUEST,
-                  net=GUEST_IP + "/24", mac="52:54:00:77:01:10", qemu="qemu-system-x86_64", accel="tcg,thread=multi",
+                  net=GUEST_IP + "/24", mac=GUEST_MAC, qemu="qemu-system-x86_64", accel="tcg,thread=multi",
                   cpu="max"):
         """The command line of a guest; the same arguments on two hosts give two ends of a migration. work: words as in
         tests/guest/README.md, without "lb."; monitors, serial line and log go to host.dir/NAME.*."""
@@ -635,10 +866,11 @@ def remove_stale(prefix):
         match = re.fullmatch(prefix + r"(\d+)-.*", name)
         if match and not os.path.exists("/proc/" + match.group(1)):
             remove_namespaces("%s%s-" % (prefix, match.group(1)))
-    for entry in os.listdir(tempfile.gettempdir()):
-        match = re.fullmatch(prefix + r"(\d+)-\w+", entry)
-        if match and not os.path.exists("/proc/" + match.group(1)):
-            shutil.rmtree(os.path.join(tempfile.gettempdir(), entry), ignore_errors=True)
+    for folder in (tempfile.gettempdir(), MEMORY):
+        for entry in os.listdir(folder):
+            match = re.fullmatch(prefix + r"(\d+)-\w+", entry)
+            if match and not os.path.exists("/proc/" + match.group(1)):
+                shutil.rmtree(os.path.join(folder, entry), ignore_errors=True)
 
 
 def _namespace_names():

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
-"""The rig checks itself (TAP): hosts, cables, shaping, a guest and its observers, crash and teardown."""
+"""The rig checks itself (TAP): hosts, cables, shaping, a guest and its observers, crash and teardown; partitions, hosts that die,
+stand still and come back, etcd, and that the witnesses of a failover see what is wrong."""
 
 import os
 import socket
@@ -8,7 +9,9 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from rig import CLIENT_IP, GUEST, Measure, QmpError, RedisLoad, Rig, RigError, Tap, UDP_PORT, UdpGap, wait_for
+from etcd import Etcd
+from rig import CLIENT_IP, GUEST, GUEST_IP, GUEST_MAC, GuestCapture, IncrLoad, Measure, QmpError, RedisLoad, Rig, RigError, Tap
+from rig import UDP_PORT, UdpGap, wait_for
 
 
 def transfer_mbit(rig, megabytes):
@@ -39,12 +42,184 @@ def transfer_mbit(rig, megabytes):
     return got * 8 / took / 1e6
 
 
+def arrives(sender, receiver, address, timeout_s=0.3):
+    """Does a datagram get from one namespace to an address of another?"""
+    with receiver.socket(socket.AF_INET, socket.SOCK_DGRAM) as there, sender.socket(socket.AF_INET, socket.SOCK_DGRAM) as here:
+        there.bind((address, 5001))
+        there.settimeout(timeout_s)
+        here.sendto(b"hello", (address, 5001))
+        try:
+            return there.recv(16) == b"hello"
+        except socket.timeout:
+            return False
+
+
+def partitions(t, rig):
+    a, b, c = rig.a, rig.b, rig.c
+    w = rig.witnesses[0]
+
+    def sight():
+        """Who hears whom, on the migration network and on the lan."""
+        return {"ab": arrives(a, b, b.mig_ip), "ba": arrives(b, a, a.mig_ip), "ac": arrives(a, c, c.mig_ip),
+                "aw": arrives(a, w, w.mig_ip), "wa": arrives(w, a, a.mig_ip), "lan ab": arrives(a, b, b.lan_ip),
+                "lan ba": arrives(b, a, a.lan_ip)}
+
+    def deaf():
+        return sorted(pair for pair, heard in sight().items() if not heard)
+    for _ in range(2):  # the first datagrams wait for ARP
+        before = deaf()
+    t.equal(before, [], "everybody hears everybody")
+    rig.partition(a, b)
+    t.equal(deaf(), ["ab", "ba", "lan ab", "lan ba"], "partition of two hosts, on both networks")
+    t.ok(rig.ping(a.lan_ip) and rig.ping(b.lan_ip), "the client still reaches both")
+    rig.partition(a, w, one_way=True)
+    t.equal(deaf(), ["ab", "aw", "ba", "lan ab", "lan ba"], "and one way to the witness")
+    rig.heal(a, b)
+    t.equal(deaf(), ["aw"], "one healed, the other stays")
+    rig.heal()
+    t.equal(deaf(), [], "all healed")
+
+
+def hosts_die(t, rig):
+    host = rig.b
+    procs = [host.popen(["sleep", "100"]) for _ in range(5)]
+    host.stop()
+    states = [open("/proc/%d/stat" % p.pid).read().rsplit(")", 1)[1].split()[0] for p in procs]
+    t.equal(states, ["T"] * 5, "a stopped host: every process stands still")
+    host.cont()
+    host.ip("tuntap", "add", "dev", "stray0", "mode", "tap")
+    listener = host.socket()
+    listener.bind((host.mig_ip, 5002))
+    listener.listen(1)
+    client = rig.a.socket()
+    client.connect((host.mig_ip, 5002))
+    server, _ = listener.accept()
+    rig.kill_host(host)
+    for p in procs:
+        p.wait()
+    server.close()  # this process held it; a dead host's kernel would have sent its FIN
+    client.settimeout(0.3)
+    try:
+        said = client.recv(1)
+    except socket.timeout:
+        said = None
+    t.ok(said is None and not host.pids(), "a host that is killed says nothing more", said)
+    t.ok(not rig.ping(host.lan_ip), "and does not answer")
+    client.close()
+    listener.close()
+    rig.revive_host(host)
+    links = host.run(["ip", "-br", "link"]).stdout
+    t.ok("stray0" not in links and "tap0" in links, "a revived host has its taps and nothing of before", links)
+    wait_for(lambda: rig.ping(host.lan_ip), 5, "the revived host's answer")
+
+
+def etcd_dies(t, rig, etcd):
+    lead = etcd.wait_leader()
+    etcd.kill(lead)
+    other = etcd.wait_leader()
+    t.ok(other != lead and etcd.keys() == {}, "etcd: another member leads after the leader's death")
+    third = 3 - lead - other
+    rig.partition(etcd.hosts[other], etcd.hosts[third])
+
+    def answers():
+        try:
+            return etcd.keys() is not None
+        except RigError:
+            return False
+    wait_for(lambda: not answers(), 10, "silence of a minority")
+    t.ok(True, "two that do not see each other answer nothing")
+    rig.heal()
+    wait_for(answers, 10, "an answer after healing")
+    etcd.stop(third)
+    t.ok(not answers(), "nor one alone")
+    etcd.cont(third)
+    etcd.start(lead)
+    etcd.wait_ready()
+    wait_for(lambda: len(etcd.alive()) == 3 and etcd.leader() is not None, 10, "three members")
+
+
+def promises(t, rig):
+    """IncrLoad and GuestCapture see what they are for, and are quiet when nothing is wrong."""
+    capture = GuestCapture(rig)
+    vm = rig.start_qemu(rig.a, memory_mb=256, work="redis clock")
+    rig.wait_guest()
+    log = os.path.join(rig.dir, "incr.log")
+    load = IncrLoad(rig.client, rate=500, log=log)
+    load.wait_flowing(more=100)
+    start = time.time()
+    vm.qmp.cmd("stop")
+    time.sleep(0.3)
+    vm.qmp.cmd("cont")
+    load.wait_flowing()
+    report, broken = load.verdict()
+    t.ok(not broken and report["error"] is None, "INCR: nothing broken when nothing is", (report, broken))
+    stalls = load.stalls(start)
+    t.ok(len(stalls) == 1 and 290 < stalls[0]["stall_ms"] < 700 and report["longest_ms"] == stalls[0]["stall_ms"],
+         "a stop of 300 ms is one stall", stalls)
+    answers = load.answers()
+    t.ok(len(answers) == report["acked"] and [v for v, _, _ in answers] == list(range(report["first"], report["last"] + 1)) and
+         all(sent <= got for _, sent, got in answers), "every answer is in the log")
+
+    load = IncrLoad(rig.client, rate=500)
+    load.wait_flowing(more=50)
+    with rig.client.socket() as sock:
+        sock.connect((GUEST_IP, 6379))
+        sock.sendall(b"SET lb:incr 3\r\n")
+        sock.recv(16)
+    load.wait_flowing(more=50)
+    report, broken = load.verdict()
+    t.ok(report["forgotten"] > 0 and broken, "a counter that goes back is seen: %s" % broken)
+    load = IncrLoad(rig.client, rate=500)
+    load.wait_flowing(more=50)
+    with rig.client.socket() as sock:
+        sock.connect((GUEST_IP, 6379))
+        sock.sendall(b"CLIENT KILL TYPE normal SKIPME yes\r\n")
+        sock.recv(16)
+    wait_for(lambda: load.proc.poll() is not None, 5, "incr's end")
+    report, broken = load.verdict()
+    t.ok(report["error"] and broken, "a connection that breaks is seen: %s" % broken)
+
+    place, when = capture.place()
+    t.ok(place == "a" and time.time() - when < 5, "the capture knows where the guest sends now")
+    with rig.b.socket(socket.AF_PACKET, socket.SOCK_RAW) as other:
+        other.bind(("eth0", 0))
+        frame = b"\xff" * 6 + bytes.fromhex(GUEST_MAC.replace(":", "")) + b"\x88\xb5" + bytes(46)
+        other.send(frame)
+        rig.ping()
+        time.sleep(0.05)
+        rig.ping()
+        other.send(frame)
+    vm.kill()
+    report = capture.stop()
+    t.equal(capture.order("uplink"), ["a", "b", "a", "b"], "a second sender shows as hosts taking turns")
+    t.equal(capture.order("tap"), ["a"], "not so at the taps, where there was none")
+    seen = {group: sum(run["frames"] for run in capture.runs(group) if run["place"] == "a") for group in ("uplink", "tap")}
+    t.ok(report["dropped"] == 0 and seen["uplink"] == seen["tap"] > 500, "no frame was missed: %s" % seen, report)
+
+
+def second_stage(t):
+    with Rig("rigself", hosts="ABC") as rig:
+        etcd = Etcd(rig, 3)
+        t.ok(etcd.spec().count("http://") == 3, "three members of etcd: " + etcd.spec())
+        folders = etcd.data
+        partitions(t, rig)
+        hosts_die(t, rig)
+        etcd_dies(t, rig, etcd)
+        promises(t, rig)
+        name = rig.name
+    left = [n for n in os.listdir("/run/netns") if n.startswith(name)] + [f for f in folders if os.path.exists(f)]
+    t.ok(not left, "the second teardown leaves nothing", left)
+
+
 def main():
     with Tap() as t:
         if os.geteuid() != 0:
             t.skip_all("network namespaces need root")
         if not os.path.exists(os.path.join(GUEST, "initrd.img")):
             t.skip_all("no guest: run tests/guest/build.sh " + GUEST)
+        if "hosts" in sys.argv[1:]:
+            second_stage(t)
+            return
         with Rig("rigself", hosts="ABC") as rig:
             name, folder = rig.name, rig.dir
             for host in rig.hosts.values():
@@ -111,6 +286,7 @@ def main():
             t.ok(gaps["packets"] > 500 and gaps["lost"] == 0, "no packet of the stream was lost", gaps)
         left = [n for n in os.listdir("/run/netns") if n.startswith(name)]
         t.ok(not left and not os.path.exists(folder), "teardown leaves nothing", left)
+        second_stage(t)
 
 
 def corrupt_until_seen(rig, vm, memory_mb):
