@@ -323,8 +323,9 @@ static int write_record(struct lb_output *o, struct lb_error *err)
     for (unsigned i = 0; i < o->n; i++) {
         const struct card *c = &o->cards[i];
         if (c->kind == LB_NIC_TAP)
-            json_array_append_new(cards, json_pack("{s:s,s:s,s:b}", "ifname", c->tap.ifname, "rps",
-                                                   c->tap.rps, "clsact", c->tap.clsact_ours));
+            json_array_append_new(cards, json_pack("{s:s,s:s,s:s,s:b}", "ifname", c->tap.ifname,
+                                                   "hold", c->tap.hold, "rps", c->tap.rps, "clsact",
+                                                   c->tap.clsact_ours));
         else if (c->kind == LB_NIC_INSIDE)
             json_array_append_new(cards, json_pack("{s:s}", "inside", c->inside.id));
     }

@@ -182,7 +182,7 @@ int lb_otap_disarm(struct lb_otap *t, struct lb_rtnl *nl, struct lb_error *err);
 /* Not armed: nothing of ours is left. Armed: the hold stays. */
 void lb_otap_close(struct lb_otap *t, struct lb_rtnl *nl, int sysfs_fd);
 struct lb_otap_left {            /* as far as it is known */
-    const char *ifname, *rps;
+    const char *ifname, *hold, *rps;
     bool clsact_ours;
     bool ours;                   /* the holder is this process, which gives it up */
 };

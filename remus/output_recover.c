@@ -35,6 +35,7 @@ static int clear_taps(void *arg, struct lb_error *err)
     json_array_foreach(k->cards, i, card) {
         struct lb_otap_left left = {
             .ifname = json_string_value(json_object_get(card, "ifname")),
+            .hold = json_string_value(json_object_get(card, "hold")),
             .rps = json_string_value(json_object_get(card, "rps")),
             .clsact_ours = json_is_true(json_object_get(card, "clsact")),
             .ours = k->ours,

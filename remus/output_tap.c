@@ -306,12 +306,22 @@ static bool find_ours(struct lb_rtnl *nl, int ifindex, struct lb_rtnl_link *hold
     return true;
 }
 
+/* The guest's tap is gone, the one that held its frames stayed. */
+static int clear_hold(struct lb_rtnl *nl, const struct lb_otap_left *left, struct lb_error *err)
+{
+    struct lb_rtnl_link hold;
+    if (!left->hold || lb_rtnl_link_get(nl, left->hold, &hold, NULL) < 0 ||
+        (hold.carrier && !left->ours))
+        return 0; /* another's of the same name */
+    return lb_rtnl_link_delete(nl, hold.ifindex, err);
+}
+
 int lb_otap_clear(struct lb_rtnl *nl, const struct lb_otap_left *left, int sysfs_fd,
                   struct lb_error *err)
 {
     struct lb_rtnl_link tap, hold;
     if (lb_rtnl_link_get(nl, left->ifname, &tap, NULL) < 0)
-        return 0; /* went with the VM */
+        return clear_hold(nl, left, err);
     if (find_ours(nl, tap.ifindex, &hold)) {
         if (hold.ifindex && hold.carrier && !left->ours)
             return lb_fail(err, LB_E_STATE, "%s: its output is held by a living process",

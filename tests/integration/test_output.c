@@ -535,33 +535,51 @@ static void test_clear_own(void **state)
     world_end(&w);
 }
 
-/* The VM is dead, its persistent tap is not: found by the namespace in the record. */
-static void test_stale_of_dead_vm(void **state)
+/* As recovery does it for a VM whose process is gone: from the namespace of the host. */
+static void clear_dead(struct world *w)
 {
-    struct world w;
+    int status;
+    pid_t p = fork();
+    if (p == 0) {
+        struct lb_vm_ident gone = w->ident;
+        gone.proc.start_ticks++; /* nobody is that */
+        _exit(setns(w->netns, CLONE_NEWNET) < 0 ||
+              lb_output_clear_stale(&gone, NULL, w->run_dir, NULL) < 0);
+    }
+    waitpid(p, &status, 0);
+    assert_int_equal(status, 0);
+}
+
+static void armed_and_killed(struct world *w)
+{
     volatile uint64_t *lease = shared_lease();
-    (void)state;
-    world_start(&w, false);
-    lease[0] = UINT64_MAX;
-    pid_t holder = start_holder(&w, lease);
+    world_start(w, false);
+    pid_t holder = start_holder(w, lease);
     wait_armed(lease);
     kill(holder, SIGKILL);
     waitpid(holder, NULL, 0);
-    pid_t p = fork(); /* in the namespace, as the daemon of that host is */
-    if (p == 0) {
-        struct lb_vm_ident gone = w.ident;
-        gone.proc.start_ticks++; /* nobody is that */
-        _exit(setns(w.netns, CLONE_NEWNET) < 0 ||
-              lb_output_clear_stale(&gone, NULL, w.run_dir, NULL) < 0);
-    }
-    int status;
-    waitpid(p, &status, 0);
-    assert_int_equal(status, 0);
+    munmap((void *)lease, 4096);
+    assert_int_equal(in_world(w, "ip -o link | grep -q 'lbh[0-9]'"), 0);
+}
+
+/* VM and holder are dead. The guest's tap may be persistent, or have gone with the VM. */
+static void test_stale_of_dead_vm(void **state)
+{
+    struct world w;
+    (void)state;
+    armed_and_killed(&w);
+    clear_dead(&w);
     send_frame(&w, 0, 0);
     expect_until(&w, (uint64_t[]){1, 0}, 20);
     assert_clean(&w);
     world_end(&w);
-    munmap((void *)lease, 4096);
+    armed_and_killed(&w);
+    close(w.tap[0]);
+    close(w.tap[1]);
+    clear_dead(&w);
+    assert_int_not_equal(in_world(&w, "ip -o link | grep -q 'lb[hi][0-9]'"), 0);
+    w.tap[0] = w.tap[1] = -1;
+    world_end(&w);
 }
 
 /* Stopped for longer than its lease while it lets frames go, then woken: nothing comes after the lease. */
