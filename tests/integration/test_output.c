@@ -979,6 +979,8 @@ static void test_gso(void **state)
         ssize_t n = recv(w.rx, got, sizeof(got), 0);
         struct iphdr ip;
         memcpy(&ip, got + 14, sizeof(ip));
+        if (ip.protocol != IPPROTO_TCP)
+            continue; /* the bridge's own: it joins a group when it comes up */
         size_t l4 = ntohs(ip.tot_len) - sizeof(ip);
         assert_true(n >= (ssize_t)(14 + sizeof(ip) + l4));
         assert_true(l4 - sizeof(struct tcphdr) <= MSS);
