@@ -185,12 +185,13 @@ help:
 	@echo "check-lint check-fuzz check-integration check-softdirty check-e2e [T=name]   one group"
 	@echo "check-san      unit and engine tests with SAN=address,undefined (default) or SAN=thread"
 	@echo "bench-migrate  (root) Lifeboat and QEMU's own migration side by side [BENCH_ARGS=--quick]"
+	@echo "bench-remus    (root) cost of protection, failovers [BENCH_ARGS='--failovers 10' | '--no-cost --soak 30']"
 	@echo "bench-stage    microseconds per page and bytes on the wire of an epoch [BENCH_ARGS='EPOCHS PAGES']"
 	@echo "install        DESTDIR= PREFIX=/usr/local"
 	@echo "clean          everything but the guest, the Debian 13 tree and the vectors"
 
 .PHONY: all unit integration tools guest check check-all check-lint check-unit check-integration check-e2e \
-	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-stage \
+	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-stage \
 	install format clean help
 .SECONDARY:
 -include $(shell find $(O)/obj $(O)/tests -type f -name '*.d' 2>/dev/null)

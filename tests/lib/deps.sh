@@ -51,6 +51,13 @@ if [ -n "$missing" ] || { [ -n "$downloads" ] && [ ! -e build/guest/initrd.img ]
 fi
 [ -n "$missing" ] || exit 0
 echo "installing:$missing"
+# A package that brings a service (etcd) must not start it: what is needed is the program.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $policy ]; then
+    trap 'rm -f "$log" $policy' EXIT
+    printf '#!/bin/sh\nexit 101\n' >$policy
+    chmod 755 $policy
+fi
 # shellcheck disable=SC2086 # list of words
 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >>"$log" 2>&1 || {
     cat "$log" >&2
