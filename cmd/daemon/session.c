@@ -21,6 +21,7 @@
 #include <sodium.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -857,6 +858,7 @@ int lb_session_main(void)
     char *json = NULL;
     int rc = -1;
 
+    prctl(PR_SET_NAME, "lifeboatd"); /* it was started by way of /proc/self/exe */
     if (sodium_init() < 0 || begin(&s, &err)) {
         lb_log_error(LB_LOG_ERROR, &err);
         return lb_errcode_exit(err.code ? err.code : LB_E_INTERNAL);
