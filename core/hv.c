@@ -41,7 +41,7 @@ static void check_ops(const struct lb_hv_ops *ops)
     assert(ops->checkpoint_mode && ops->freeze && ops->nics && ops->nic_hold && ops->nic_unhold);
     assert(ops->disks && ops->disk_mirror && ops->disk_mirror_status && ops->disk_mirror_end);
     assert(ops->clock_step);
-    assert(ops->status && ops->ident && ops->exists && ops->end && ops->detach && ops->destroy);
+    assert(ops->status && ops->shut_down && ops->ident && ops->exists && ops->end && ops->detach && ops->destroy);
 }
 
 static uint64_t pages_of(const struct lb_ram_block *blk)
@@ -334,6 +334,11 @@ int lb_hv_status(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_erro
 {
     assert(alive && running);
     return ops_of(vm)->status(vm, alive, running, err);
+}
+
+bool lb_hv_shut_down(struct lb_hv_vm *vm)
+{
+    return ops_of(vm)->shut_down(vm);
 }
 
 void lb_hv_ident(struct lb_hv_vm *vm, struct lb_vm_ident *out)

@@ -233,6 +233,9 @@ struct lb_hv_ops {
     /* ---- both ---- */
     /* Is it there, and does the guest run? */
     int (*status)(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_error *err);
+    /* Did the guest end, or is it ending, by itself or by somebody's wish (power off, quit, SIGTERM),
+     * as far as the hypervisor could still say? false: it was killed, crashed, or goes on. */
+    bool (*shut_down)(struct lb_hv_vm *vm);
     /* Identity and control path for the registry. Strings owned by vm. */
     void (*ident)(struct lb_hv_vm *vm, struct lb_vm_ident *out);
     /* Without a handle, for recovery after a crash: is that VM or receiver there, in
@@ -299,6 +302,7 @@ int lb_hv_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, struct lb
 int lb_hv_run(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_hv_announce(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_hv_status(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_error *err);
+bool lb_hv_shut_down(struct lb_hv_vm *vm);
 void lb_hv_ident(struct lb_hv_vm *vm, struct lb_vm_ident *out);
 bool lb_hv_exists(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident);
 int lb_hv_end(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident, struct lb_error *err);

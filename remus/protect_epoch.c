@@ -374,11 +374,15 @@ static int first_ack(struct prot *p, struct lb_error *err)
 static enum lb_prot_why broken(struct prot *p, struct lb_error *err)
 {
     struct lb_vm_ident id = lb_entry_ident(&p->entry);
+    bool alive = true, running;
 
     if (lb_guard_verdict(p->guard) != LB_GUARD_OPEN)
         return WHY_VERDICT;
     lb_log_error(LB_LOG_WARN, err);
-    return lb_hv_exists(p->base->hv, &id) ? WHY_BROKEN : WHY_KILLED;
+    if (lb_hv_shut_down(p->tx.vm))
+        return WHY_POWEROFF;
+    lb_hv_status(p->tx.vm, &alive, &running, NULL); /* its socket may be closed before it is gone */
+    return alive && lb_hv_exists(p->base->hv, &id) ? WHY_BROKEN : WHY_KILLED;
 }
 
 static int after_epoch(struct prot *p, struct lb_error *err)

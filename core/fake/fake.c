@@ -586,6 +586,16 @@ int lb_fake_kill(lb_fake_id id, struct lb_error *err)
     return 0;
 }
 
+int lb_fake_power_off(lb_fake_id id, struct lb_error *err)
+{
+    struct guest *g = lb_fake_hold(id, err);
+    if (!g)
+        return -1;
+    g->powered_off = true;
+    lb_fake_let_go(g);
+    return lb_fake_kill(id, err);
+}
+
 int lb_fake_set_rate(lb_fake_id id, uint64_t rate_pages_per_s, struct lb_error *err)
 {
     struct guest *g = lb_fake_hold(id, err);
@@ -1195,6 +1205,15 @@ static int fake_status(struct lb_hv_vm *vm, bool *alive, bool *running, struct l
     return 0;
 }
 
+static bool fake_shut_down(struct lb_hv_vm *vm)
+{
+    struct guest *g = vm->guest;
+    pthread_mutex_lock(&g->lock);
+    bool off = g->powered_off;
+    pthread_mutex_unlock(&g->lock);
+    return off;
+}
+
 static void fake_ident(struct lb_hv_vm *vm, struct lb_vm_ident *out)
 {
     *out = (struct lb_vm_ident){.name = vm->guest->name, .qmp_path = vm->guest->address};
@@ -1291,6 +1310,7 @@ const struct lb_hv_ops lb_hv_fake = {
     .run = fake_run,
     .announce = fake_announce,
     .status = fake_status,
+    .shut_down = fake_shut_down,
     .ident = fake_ident,
     .exists = fake_exists,
     .end = fake_end,

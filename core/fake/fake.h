@@ -59,6 +59,8 @@ const char *lb_fake_address(lb_fake_id id, char buf[32]);
 
 /* The hypervisor process dies: slots fail with LB_E_HV from now on. */
 int lb_fake_kill(lb_fake_id id, struct lb_error *err);
+/* As kill, but the guest switched itself off. */
+int lb_fake_power_off(lb_fake_id id, struct lb_error *err);
 int lb_fake_set_rate(lb_fake_id id, uint64_t rate_pages_per_s, struct lb_error *err);
 /* The guest itself rewrites one page now, running or not (block 0 ram, 1 vram). */
 int lb_fake_touch(lb_fake_id id, unsigned block, uint64_t page, struct lb_error *err);

@@ -62,7 +62,7 @@ struct guest {
     /* locked by lock */
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    bool quit, dead, running, frozen, logging, holds_disk, checkpoint_mode;
+    bool quit, dead, powered_off, running, frozen, logging, holds_disk, checkpoint_mode;
     unsigned throttle_percent;
     struct fake_pace pages, sends, stores;
     uint64_t nonce, rng, writes, announces;

@@ -146,6 +146,8 @@ static void on_event(const char *event, const json_t *data, void *arg)
         vm->paused_by_others = false;
     else if (strcmp(event, "STOP") == 0)
         vm->paused_by_others = !vm->stopped_by_us;
+    else if (strcmp(event, "SHUTDOWN") == 0)
+        vm->shut_down = true;
     else if (strncmp(event, "BLOCK_JOB_", 10) == 0)
         lb_qemu_mirror_event(vm, event, data);
 }
@@ -350,6 +352,13 @@ static int status(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_err
     return 0;
 }
 
+/* The event is sent before the process ends: it may be there and not read yet. */
+static bool shut_down(struct lb_hv_vm *vm)
+{
+    lb_qmp_drain(vm->qmp, NULL);
+    return vm->shut_down;
+}
+
 static void ident(struct lb_hv_vm *vm, struct lb_vm_ident *out)
 {
     *out = (struct lb_vm_ident){.name = vm->name, .proc = vm->proc, .qmp_path = vm->qmp_path};
@@ -424,6 +433,7 @@ const struct lb_hv_ops lb_hv_qemu = {
     .run = lb_qemu_run,
     .announce = announce,
     .status = status,
+    .shut_down = shut_down,
     .ident = ident,
     .exists = exists,
     .end = end,

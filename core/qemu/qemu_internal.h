@@ -136,6 +136,7 @@ struct lb_hv_vm {
     char *save_text;             /* checkpoint mode: the save, as sent ahead at stop; else NULL */
     bool stopped_by_us;          /* from before "stop" to the answer to "cont" */
     bool paused_by_others;       /* by a STOP event that was not ours */
+    bool shut_down;              /* by a SHUTDOWN event */
     bool released;               /* a final save gave the disks up */
     bool clock_based;            /* clock.c */
     int64_t clock_base_ns;       /* guest's clock minus ours */

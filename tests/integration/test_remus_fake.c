@@ -808,6 +808,28 @@ static void test_vm_killed(void **state)
     check_nothing_on(&A);
 }
 
+/* A guest that switched itself off stays off, on both hosts. */
+static void test_power_off(void **state)
+{
+    struct lb_protect_opts o = plain_opts();
+    struct lb_vm_entry e;
+    struct run r;
+    lb_fake_id id = boot(&busy, &e);
+
+    (void)state;
+    run_start(&r, &e, &o);
+    run_protected(&r, 20);
+    assert_return_code(lb_fake_power_off(id, NULL), 0);
+    run_end(&r);
+    assert_int_equal(r.end, LB_PROTECT_OFF);
+    assert_int_equal(r.rc, 0);
+    assert_false(bk.promoted);
+    check_nothing_on(&B);
+    assert_return_code(lb_vm_entry_load(A.dir, "vm", &e, NULL), 0);
+    assert_int_equal(e.state, LB_VM_DEAD);
+    assert_int_equal(lb_fake_count("vm"), 0);
+}
+
 /* A link that is slower than the guest writes: epochs stretch, nothing breaks, memory is bounded. */
 static void test_slow_link(void **state)
 {
@@ -1050,6 +1072,7 @@ int main(void)
         cmocka_unit_test_setup(test_backup_gone, fresh),
         cmocka_unit_test_setup(test_planned_failover, fresh),
         cmocka_unit_test_setup(test_vm_killed, fresh),
+        cmocka_unit_test_setup(test_power_off, fresh),
         cmocka_unit_test_setup(test_slow_link, fresh),
         cmocka_unit_test_setup(test_host_killed, fresh),
         cmocka_unit_test_setup(test_host_stopped, fresh),
