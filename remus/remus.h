@@ -83,10 +83,11 @@ struct lb_remus_env {
 };
 
 enum lb_protect_end {
-    LB_PROTECT_OFF,       /* unprotected as asked: runs here */
+    LB_PROTECT_OFF,       /* unprotected as asked: runs here; or the guest switched itself off: entry DEAD */
     LB_PROTECT_ALONE,     /* backup lost; runs here, free, unprotected; protect again elsewhere */
     LB_PROTECT_FENCED,    /* the backup has it: nothing is left here */
-    LB_PROTECT_YIELDED,   /* planned failover: the backup has it, nothing is left here */
+    LB_PROTECT_YIELDED,   /* planned failover, or the VM's process was killed under us: the backup has it,
+                             nothing is left here */
     LB_PROTECT_FAILED,    /* before checkpoint 0: runs here as if nothing had been */
     LB_PROTECT_UNDECIDED, /* no lease and the witness cannot be asked: frozen here; recovery goes on */
 };

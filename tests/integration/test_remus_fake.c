@@ -447,8 +447,8 @@ static void on_status(const struct lb_protect_status *s, void *arg)
 
     assert_non_null(json);
     assert_true(s->released <= s->acked && s->acked <= s->epoch);
-    assert_true(s->percent >= r->st.percent);
     pthread_mutex_lock(&r->mu);
+    assert_true(s->percent >= r->st.percent);
     r->st = *s;
     r->stretched |= s->stretched;
     snprintf(r->state, sizeof(r->state), "%s", s->state);
@@ -514,6 +514,18 @@ static bool run_reached(struct run *r, uint64_t epochs)
         lb_sleep_ms(5);
     }
     return false;
+}
+
+/* The last status; stretched: at any time. */
+static struct lb_protect_status run_status(struct run *r)
+{
+    struct lb_protect_status st;
+
+    pthread_mutex_lock(&r->mu);
+    st = r->st;
+    st.stretched = r->stretched;
+    pthread_mutex_unlock(&r->mu);
+    return st;
 }
 
 static void run_protected(struct run *r, uint64_t epochs)
@@ -629,6 +641,7 @@ static int fresh(void **state)
 
 static void test_on_and_off(void **state)
 {
+    struct lb_protect_status st;
     struct lb_protect_opts o = plain_opts();
     struct lb_vm_entry e;
     struct run r;
@@ -640,11 +653,12 @@ static void test_on_and_off(void **state)
     assert_true(stats_of(id).nic_held && stats_of(id).mirroring && stats_of(id).checkpoint_mode);
     assert_return_code(lb_vm_entry_load(A.dir, "vm", &e, NULL), 0);
     assert_int_equal(e.state, LB_VM_PROTECTED);
+    st = run_status(&r);
     print_message("# pause p50 %.2f p99 %.2f max %.2f ms, %.1f epochs/s, %.0f pages\n",
-                  r.st.pause_p50_ms, r.st.pause_p99_ms, r.st.pause_max_ms, r.st.epochs_per_s,
-                  r.st.dirty_pages);
-    assert_true(r.st.pause_p50_ms > 0 && r.st.epochs_per_s > 5 && r.st.wire_bytes_per_s > 0);
-    assert_true(r.st.witness_ok && r.st.lease_left_ms > 0);
+                  st.pause_p50_ms, st.pause_p99_ms, st.pause_max_ms, st.epochs_per_s,
+                  st.dirty_pages);
+    assert_true(st.pause_p50_ms > 0 && st.epochs_per_s > 5 && st.wire_bytes_per_s > 0);
+    assert_true(st.witness_ok && st.lease_left_ms > 0);
     run_cancel(&r);
     run_end(&r);
     assert_int_equal(r.rc, 0);
@@ -765,6 +779,46 @@ static void test_backup_gone(void **state)
     backup_lost(false);
 }
 
+/* Neither the other host nor the witness: nobody runs, nothing is said, until the witness is back. */
+static void test_witness_away(void **state)
+{
+    struct lb_protect_opts o = plain_opts();
+    struct lb_vm_entry e;
+    struct run r;
+    uint64_t nonce, seen;
+    lb_fake_id id = boot(&busy, &e);
+
+    (void)state;
+    nonce = stats_of(id).nonce;
+    run_start(&r, &e, &o);
+    run_protected(&r, 20);
+    etcd_signal(&etcd, 0, SIGSTOP);
+    px.silent = true;
+    lb_sleep_ms(1500);
+    assert_int_equal(lb_fake_running("vm"), 0);
+    assert_true(stats_of(id).frozen);
+    assert_string_equal(run_status(&r).state, "no-lease");
+    seen = wire->last;
+    lb_sleep_ms(500);
+    assert_true(wire->last == seen);
+    etcd_signal(&etcd, 0, SIGCONT);
+    pthread_join(r.thread, NULL);
+    px.cut = true;
+    close(r.cancel_fd);
+    mirror_reset();
+    idle();
+    close(bk.failover_fd);
+    assert_int_equal(lb_fake_running("vm"), 1);
+    if (r.end == LB_PROTECT_ALONE) {
+        check_free(id);
+        check_nothing_on(&B);
+    } else {
+        assert_int_equal(r.end, LB_PROTECT_FENCED);
+        check_promoted(nonce, seen);
+        check_nothing_on(&A);
+    }
+}
+
 static void test_planned_failover(void **state)
 {
     struct lb_protect_opts o = plain_opts();
@@ -848,8 +902,8 @@ static void test_slow_link(void **state)
     run_start(&r, &e, &o);
     run_protected(&r, 20);
     lb_sleep_ms(1000);
-    assert_true(r.stretched);
-    assert_true(r.st.wire_bytes_per_s < 2.0 * (double)o.bandwidth_bytes_per_s);
+    assert_true(run_status(&r).stretched);
+    assert_true(run_status(&r).wire_bytes_per_s < 2.0 * (double)o.bandwidth_bytes_per_s);
     run_cancel(&r);
     run_end(&r);
     assert_int_equal(r.end, LB_PROTECT_OFF);
@@ -1070,6 +1124,7 @@ int main(void)
         cmocka_unit_test_setup(test_no_witness, fresh),
         cmocka_unit_test_setup(test_backup_silent, fresh),
         cmocka_unit_test_setup(test_backup_gone, fresh),
+        cmocka_unit_test_setup(test_witness_away, fresh),
         cmocka_unit_test_setup(test_planned_failover, fresh),
         cmocka_unit_test_setup(test_vm_killed, fresh),
         cmocka_unit_test_setup(test_power_off, fresh),
