@@ -928,6 +928,16 @@ static void test_routed(void **state)
     world_end(&w);
 }
 
+/* Packets of another type on v1. */
+static void rebind(struct world *w, uint16_t proto)
+{
+    struct sockaddr_ll ll;
+    socklen_t len = sizeof(ll);
+    assert_int_equal(getsockname(w->rx, (void *)&ll, &len), 0);
+    ll.sll_protocol = htons(proto);
+    assert_int_equal(bind(w->rx, (void *)&ll, sizeof(ll)), 0);
+}
+
 /* 20 large TCP segments with checksums left to the device: cut and summed as if nothing had been in between. */
 static void test_gso(void **state)
 {
@@ -944,11 +954,7 @@ static void test_gso(void **state)
         strcpy(ifr.ifr_name, "v0");
         assert_int_equal(ioctl(w.rx, SIOCETHTOOL, &ifr), 0);
     }
-    struct sockaddr_ll ll = {.sll_family = AF_PACKET, .sll_protocol = htons(ETHERTYPE_IP)};
-    socklen_t ll_len = sizeof(ll);
-    assert_int_equal(getsockname(w.rx, (void *)&ll, &ll_len), 0);
-    ll.sll_protocol = htons(ETHERTYPE_IP);
-    assert_int_equal(bind(w.rx, (void *)&ll, sizeof(ll)), 0);
+    rebind(&w, ETHERTYPE_IP);
     struct lb_output *o = open_armed(&w);
     size_t sent = 0;
     for (uint32_t i = 0; i < LARGE; i++) {
@@ -991,6 +997,43 @@ static void test_gso(void **state)
         packets++;
     }
     print_message("%u segments with valid checksums\n", packets);
+    OK(lb_output_disarm(o, true, err));
+    lb_output_close(o);
+    world_end(&w);
+}
+
+/* A tag stays on. */
+static void test_vlan(void **state)
+{
+    struct world w;
+    unsigned char frame[LB_VNET_HDR + 64] = {0}, got[128];
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(struct tpacket_auxdata))];
+    } control;
+    struct iovec v = {.iov_base = got, .iov_len = sizeof(got)};
+    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &control,
+                       .msg_controllen = sizeof(control)};
+    struct tpacket_auxdata aux;
+    (void)state;
+    world_start(&w, false);
+    rebind(&w, ETH_P_ALL); /* sees the tag, which is taken off before the others */
+    assert_int_equal(setsockopt(w.rx, SOL_PACKET, PACKET_AUXDATA, &(int){1}, sizeof(int)), 0);
+    struct lb_output *o = open_armed(&w);
+    memcpy(frame + LB_VNET_HDR, "\x02\xff\xff\xff\xff\x01\x02\xff\xff\xff\xff\x02\x81\x00\x60\x05\x88\xb5", 18);
+    assert_int_equal(write(w.tap[1], frame, sizeof(frame)), sizeof(frame));
+    mark(o, 0);
+    lb_output_release(o, 0);
+    do { /* past what the bridge sends by itself */
+        struct pollfd p = {.fd = w.rx, .events = POLLIN};
+        assert_int_equal(poll(&p, 1, 2000), 1);
+        m.msg_controllen = sizeof(control);
+        assert_true(recvmsg(w.rx, &m, 0) > 0);
+    } while (got[12] != TEST_PROTO >> 8 || got[13] != (TEST_PROTO & 255));
+    assert_non_null(CMSG_FIRSTHDR(&m));
+    memcpy(&aux, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof(aux));
+    assert_true(aux.tp_status & TP_STATUS_VLAN_VALID);
+    assert_int_equal(aux.tp_vlan_tci, 0x6005);
     OK(lb_output_disarm(o, true, err));
     lb_output_close(o);
     world_end(&w);
@@ -1096,6 +1139,7 @@ int main(void)
         cmocka_unit_test(test_rps_is_put_back),
         cmocka_unit_test(test_routed),
         cmocka_unit_test(test_gso),
+        cmocka_unit_test(test_vlan),
         cmocka_unit_test(test_copy_and_inject),
         cmocka_unit_test(test_no_card),
     };
