@@ -38,7 +38,6 @@ class Etcd:
         self.rig, self.heartbeat_ms, self.election_ms = rig, heartbeat_ms, election_ms
         self.hosts = [rig.add_witness() for _ in range(members)]
         self.data = [rig.memory_dir(host.role) for host in self.hosts]
-        self.procs = [None] * members
         for i in range(members):
             self.start(i)
         self.wait_ready()
@@ -57,12 +56,12 @@ class Etcd:
                 "--initial-cluster", everybody, "--heartbeat-interval", self.heartbeat_ms, "--election-timeout",
                 self.election_ms, "--log-level", "warn"]
         with open(os.path.join(host.dir, "etcd.log"), "ab") as log:
-            self.procs[i] = host.popen(argv, stdout=log, stderr=log)
+            host.proc = host.popen(argv, stdout=log, stderr=log)
 
     def kill(self, i, number=signal.SIGKILL):
         """A member dies; by SIGTERM it ends in good order."""
-        self.procs[i].send_signal(number)
-        self.procs[i].wait()
+        self.hosts[i].proc.send_signal(number)
+        self.hosts[i].proc.wait()
 
     def stop(self, i):
         """A member stands still."""
@@ -72,7 +71,7 @@ class Etcd:
         self.hosts[i].cont()
 
     def alive(self):
-        return [i for i, proc in enumerate(self.procs) if proc.poll() is None]
+        return [i for i, host in enumerate(self.hosts) if host.proc.poll() is None]
 
     def call(self, i, path, body=None, timeout_s=2):
         """POSTs to a member's JSON gateway, from its own host, and returns the answer."""
@@ -107,8 +106,8 @@ class Etcd:
     def wait_ready(self, timeout_s=20):
         """Waits until it answers a read that needs a majority."""
         def ready():
-            dead = [i for i, proc in enumerate(self.procs) if proc.poll() is not None]
-            if dead and len(dead) * 2 >= len(self.procs):
+            dead = [i for i, host in enumerate(self.hosts) if host.proc.poll() is not None]
+            if dead and len(dead) * 2 >= len(self.hosts):
                 raise RigError("etcd ended: " + read_tail(os.path.join(self.hosts[dead[0]].dir, "etcd.log")))
             try:
                 return self.alive() and self.keys() is not None

@@ -288,9 +288,9 @@ class Fleet(Rig):
         self.daemons[host.role].proc.wait()
         return when
 
-    def revive_host(self, host, environment=None):
-        """The host boots and its daemon starts, with the state directory it had."""
-        super().revive_host(host)
+    def revive_host(self, host, booted=True, environment=None):
+        """The host is back and its daemon starts, with the state directory it had."""
+        super().revive_host(host, booted)
         self.daemons[host.role].start(environment)
 
     def run_vm(self, role="a", name="vm", **options):

@@ -40,6 +40,7 @@ GUEST_IP = LAN + ".10"
 GUEST_MAC = "52:54:00:77:01:10"
 CLIENT_IP = LAN + ".100"
 UDP_PORT = 9000
+STILL_MS = 250   # a stream that reports every 100 ms and does not is still by then
 REPO = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 MEMORY = "/dev/shm"
 BUILD = os.environ.get("LB_BUILD", os.path.join(REPO, "build"))
@@ -273,18 +274,17 @@ class Namespace:
         """Of the host itself: frames of its guests have other sources."""
         return [mac for _, mac in self.cables.values()] + ([self.bridge_mac] if self.bridge_mac else [])
 
-    def block(self, others):
-        """From now on frames from those namespaces, and from no others, are dropped as they arrive here."""
-        macs = sorted({mac for other in others for mac in other.macs()})
+    def block_commands(self, others):
+        """Shell lines after which frames from those namespaces, and from no others, are dropped as they arrive here."""
+        macs, lines = sorted({mac for other in others for mac in other.macs()}), []
         for device in self.cables:
-            sh("tc", "-n", self.name, "qdisc", "add", "dev", device, "clsact", check=False)  # may be there
-            where = ["dev", device, "ingress", "pref", BLOCK_PREF]
+            tc = "tc -n %s %%s dev %s ingress pref %d" % (self.name, device, BLOCK_PREF)
             if macs:
                 # Replaced in one step, so that what stays blocked is never let through.
-                sh("tc", "-n", self.name, "filter", "replace", *where, "protocol", "all", "handle", "1", "bpf",
-                   "direct-action", "bytecode", _drop_from(macs))
+                lines.append(tc % "filter replace" + " protocol all handle 1 bpf direct-action bytecode '%s'" % _drop_from(macs))
             else:
-                sh("tc", "-n", self.name, "filter", "del", *where, check=False)
+                lines.append(tc % "filter del")
+        return lines
 
     def link_bytes(self, device):
         """(sent, received) bytes of an interface, as its counters have them."""
@@ -367,11 +367,11 @@ class Host(Namespace):
 
 
 class WitnessHost(Namespace):
-    """A host with nothing but the migration network."""
+    """A host with nothing but the migration network; .proc is what runs there."""
 
     def __init__(self, rig, role, number):
         super().__init__(rig, role)
-        self.mig_ip = "%s.%d" % (MIG, number)
+        self.mig_ip, self.proc = "%s.%d" % (MIG, number), None
         rig.plug(self, "mig0", "mig0")
         self.ip("link", "set", "mig0", "up")
         self.ip("addr", "add", self.mig_ip + "/24", "dev", "mig0")
@@ -439,6 +439,11 @@ class Observer:
         with self._lock:
             return list(self.lines)
 
+    def last(self, key):
+        """The newest line that has this key, or None."""
+        with self._lock:
+            return next((line for line in reversed(self.lines) if key in line), None)
+
     def stop(self, timeout_s=40):
         """Ends it and returns its report, the last line."""
         if self.proc.poll() is None:
@@ -503,18 +508,34 @@ class IncrLoad(Observer):
 
     def acked(self):
         """How many answers have come, as of at most 100 ms ago."""
-        return max((line["acked"] for line in self.snapshot()[-20:] if "acked" in line), default=0)
+        line = self.last("acked")
+        return line["acked"] if line else 0
+
+    @property
+    def error(self):
+        """What was not kept of what the client was promised, as far as known; None when nothing."""
+        line = self.last("acked") or {}
+        if line.get("forgotten") or line.get("skipped"):
+            return "%d acknowledged writes forgotten, %d carried out twice" % (line["forgotten"], line["skipped"])
+        return line.get("error")
 
     def wait_flowing(self, timeout_s=30, more=10):
         """Waits for so many further answers."""
         start = self.acked()
         wait_for(lambda: self.acked() >= start + more or self.proc.poll() is not None, timeout_s, "answers of Redis")
         if self.proc.poll() is not None:
-            raise RigError("incr ended: %s" % self.snapshot()[-1:])
+            raise RigError("the counting client ended: %s" % self.error)
 
     def stalls(self, start=0.0, end=float("inf")):
         """Answers that took longer than stall_ms and touch that time, as lines of the tool."""
         return [line for line in self.snapshot() if "stall_ms" in line and line["end"] >= start and line["start"] <= end]
+
+    def stall_ms(self, start, end=float("inf")):
+        """The longest of these; one that lasts still counts up to now. 0 when none was longer than stall_ms."""
+        longest = max((line["stall_ms"] for line in self.stalls(start, end)), default=0.0)
+        line = self.last("now")
+        waits = (time.time() - line["now"]) * 1e3 if line and self.proc.poll() is None else 0.0
+        return max(longest, waits if waits > STILL_MS else 0.0)
 
     def answers(self):
         """[(value, sent, received)] of the log, after stop()."""
@@ -538,11 +559,7 @@ class IncrLoad(Observer):
     def verdict(self):
         """Ends it; returns (report, [what was not kept of what the client was promised])."""
         report = self.stop()
-        broken = []
-        if report["error"]:
-            broken.append("the connection: %s" % report["error"])
-        if report["forgotten"] or report["skipped"]:
-            broken.append("%d forgotten, %d skipped" % (report["forgotten"], report["skipped"]))
+        broken = [self.error] if self.error else []
         stored = self.stored()
         if not report["last"] <= stored <= report["last"] + report["unanswered"]:
             broken.append("answered %d, stored %d" % (report["last"], stored))
@@ -562,20 +579,22 @@ class GuestCapture(Observer):
         super().__init__(rig.lan, [os.path.join(TOOLS, "guestcap"), "--mac", mac] + spots)
 
     def runs(self, group="uplink"):
-        """After stop(): [{"place", "first", "last", "frames"}], oldest first."""
-        return self.lines[-1]["groups"].get(group, [])
+        """[{"place", "first", "last", "frames"}], oldest first; as of at most 0.3 s ago while it runs."""
+        with self._lock:
+            if self.lines and "groups" in self.lines[-1]:
+                return self.lines[-1]["groups"].get(group, [])
+            found = {line["run"]: line for line in self.lines if line.get("group") == group}
+        return [found[number] for number in sorted(found)]
 
     def order(self, group="uplink"):
-        """After stop(): the hosts in the order in which the guest sent from them. Two copies at a time show as a host that
-        comes back: ["a", "b", "a", "b"]."""
+        """The hosts in the order in which the guest sent from them. Two copies at a time show as a host that comes back:
+        ["a", "b", "a", "b"]."""
         return [run["place"] for run in self.runs(group)]
 
     def place(self, group="uplink"):
-        """Where its newest frame came from, as of at most 0.3 s ago, and when: (role, time); (None, 0) before the first."""
-        for line in reversed(self.snapshot()):
-            if line.get("group") == group:
-                return line["place"], line["last"]
-        return None, 0
+        """Where its newest frame came from, and when: (role, time); (None, 0) before the first."""
+        runs = self.runs(group)
+        return (runs[-1]["place"], runs[-1]["last"]) if runs else (None, 0)
 
 
 class Measure:
@@ -659,6 +678,7 @@ class Rig:
         port = "%s-%s" % (bridge[:3], namespace.role)
         self.lan.ip("link", "add", "name", port, "type", "veth", "peer", "name", device, "netns", namespace.name)
         namespace.cables[device] = (port, json.loads(namespace.ip("-j", "link", "show", "dev", device))[0]["address"])
+        sh("tc", "-n", namespace.name, "qdisc", "add", "dev", device, "clsact")
         self.lan.ip("link", "set", port, "master", bridge, "up")
 
     def __enter__(self):
@@ -699,22 +719,29 @@ class Rig:
         return self.witnesses[-1]
 
     def partition(self, a, b, one_way=False):
-        """Nothing of host a arrives at host b any more, nor the other way round unless one_way. Guests' frames and the client's
-        pass: it is the hosts that lose each other."""
-        self._partitions.add((a, b))
+        """Nothing of host a arrives at host b any more, nor the other way round unless one_way. b may be several: all are cut off
+        within some 10 ms, witnesses first, so that nobody is asked for a decision by half of a partition. Guests' frames and the
+        client's pass: it is the hosts that lose each other. Returns what heals it."""
+        cut = {(a, other) for other in (b if isinstance(b, (list, tuple)) else [b])}
         if not one_way:
-            self._partitions.add((b, a))
-        self._apply_partitions({a, b})
+            cut |= {(receiver, sender) for sender, receiver in cut}
+        self._partitions |= cut
+        self._apply_partitions(cut)
+        return lambda: self._heal(cut)
 
-    def heal(self, a=None, b=None):
-        """Ends the partition of two hosts, both ways; without arguments all."""
-        ended = {pair for pair in self._partitions if a is None or set(pair) == {a, b}}
-        self._partitions -= ended
-        self._apply_partitions({namespace for pair in ended for namespace in pair})
+    def heal(self):
+        """Ends all partitions."""
+        self._heal(set(self._partitions))
 
-    def _apply_partitions(self, receivers):
-        for receiver in receivers:
-            receiver.block([a for a, b in self._partitions if b is receiver])
+    def _heal(self, cut):
+        self._partitions -= cut
+        self._apply_partitions(cut)
+
+    def _apply_partitions(self, changed):
+        receivers = sorted({receiver for _, receiver in changed}, key=lambda n: (isinstance(n, Host), n.role))
+        lines = [line for receiver in receivers
+                 for line in receiver.block_commands([s for s, r in self._partitions if r is receiver])]
+        sh("sh", "-ec", "\n".join(lines))
 
     def kill_host(self, host, silent=True):
         """SIGKILL to every process of it. silent: its cables go first, as when its power does; otherwise its kernel still says
@@ -726,10 +753,12 @@ class Rig:
         host.crash()
         return when
 
-    def revive_host(self, host):
-        """It boots: cables plugged, no process, nothing left of what its kernel had. Its files are as they were."""
+    def revive_host(self, host, booted=True):
+        """It is back with the files it had and no process. booted: nothing is left of what its kernel had; otherwise
+        interfaces and filters that its processes made are still there, which is more to clean up."""
         host.crash()
-        host.forget()
+        if booted:
+            host.forget()
         host.unplug(False)
 
     # -- the migration link

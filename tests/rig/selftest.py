@@ -69,14 +69,20 @@ def partitions(t, rig):
     for _ in range(2):  # the first datagrams wait for ARP
         before = deaf()
     t.equal(before, [], "everybody hears everybody")
-    rig.partition(a, b)
+    mend = rig.partition(a, b)
     t.equal(deaf(), ["ab", "ba", "lan ab", "lan ba"], "partition of two hosts, on both networks")
     t.ok(rig.ping(a.lan_ip) and rig.ping(b.lan_ip), "the client still reaches both")
     rig.partition(a, w, one_way=True)
     t.equal(deaf(), ["ab", "aw", "ba", "lan ab", "lan ba"], "and one way to the witness")
-    rig.heal(a, b)
+    mend()
     t.equal(deaf(), ["aw"], "one healed, the other stays")
     rig.heal()
+    begin = time.monotonic()
+    mend = rig.partition(a, [b, c] + rig.witnesses)
+    took_ms = (time.monotonic() - begin) * 1e3
+    t.ok(took_ms < 100, "a host is cut off from five in %.0f ms" % took_ms)
+    t.equal(deaf(), ["ab", "ac", "aw", "ba", "lan ab", "lan ba", "wa"], "from all")
+    mend()
     t.equal(deaf(), [], "all healed")
 
 

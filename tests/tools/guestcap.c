@@ -11,7 +11,8 @@
  * guestcap --mac MAC [--stream] GROUP:PLACE:NAMESPACE:DEVICE:in|out ...
  *   NAMESPACE is a path. Ends on SIGTERM or SIGINT and writes one JSON object to stdout: {"dropped":frames the kernel could not
  *   keep for us,"groups":{GROUP:[{"place":..,"first":..,"last":..,"frames":..},...]}}. Exits 0, 2 on wrong usage.
- *   --stream writes {"now":..,"group":..,"place":..,"last":..} for every group each 100 ms.
+ *   --stream writes each 100 ms, for every group, {"now":..,"group":..,"run":number,"place":..,"first":..,"last":..,"frames":..} of
+ *   the newest run and of those that came before it since the last time.
  * Times are CLOCK_REALTIME seconds. A clock that is set while it runs makes it say so and exit with 1.
  */
 #include <arpa/inet.h>
@@ -59,6 +60,7 @@ struct group {
     const char *name;
     struct run *runs;
     size_t n, room;
+    size_t spoken; /* the first run that may have changed since it was told */
 };
 
 static struct spot spots[MAX_SPOTS];
@@ -269,16 +271,23 @@ static void count_dropped(void)
     }
 }
 
+static void print_run(const struct run *r)
+{
+    printf("\"place\":\"%s\",\"first\":%.6f,\"last\":%.6f,\"frames\":%" PRIu64 "}", r->place, (double)r->first_ns / 1e9,
+           (double)r->last_ns / 1e9, r->frames);
+}
+
 static void speak(uint64_t now)
 {
     for (unsigned i = 0; i < n_groups; i++) {
-        const struct group *g = &groups[i];
-        const struct run *last = g->n != 0 ? &g->runs[g->n - 1] : NULL;
+        struct group *g = &groups[i];
 
-        if (last != NULL) {
-            printf("{\"now\":%.6f,\"group\":\"%s\",\"place\":\"%s\",\"last\":%.6f}\n", (double)now / 1e9, g->name, last->place,
-                   (double)last->last_ns / 1e9);
+        for (size_t k = g->spoken; k < g->n; k++) {
+            printf("{\"now\":%.6f,\"group\":\"%s\",\"run\":%zu,", (double)now / 1e9, g->name, k);
+            print_run(&g->runs[k]);
+            printf("\n");
         }
+        g->spoken = g->n != 0 ? g->n - 1 : 0;
     }
     fflush(stdout);
 }
@@ -294,10 +303,8 @@ static void report(void)
     for (unsigned i = 0; i < n_groups; i++) {
         printf("%s\"%s\":[", i != 0 ? "," : "", groups[i].name);
         for (size_t k = 0; k < groups[i].n; k++) {
-            const struct run *r = &groups[i].runs[k];
-
-            printf("%s{\"place\":\"%s\",\"first\":%.6f,\"last\":%.6f,\"frames\":%" PRIu64 "}", k != 0 ? "," : "", r->place,
-                   (double)r->first_ns / 1e9, (double)r->last_ns / 1e9, r->frames);
+            printf("%s{", k != 0 ? "," : "");
+            print_run(&groups[i].runs[k]);
         }
         printf("]");
     }

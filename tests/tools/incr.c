@@ -15,7 +15,7 @@
  *   "p50_ms":..,"p99_ms":..}. Exits 0 when nothing was forgotten or skipped and the connection is whole, 1 when not, 2 on wrong usage or
  *   when it never got connected.
  *   --stream writes, as it goes, one line for each answer that took longer than --stall-ms, {"stall_ms":..,"start":..,"end":..,
- *   "value":..}, and every 100 ms {"now":..,"acked":..,"last":..}. --log: one line an answer, "VALUE SENT RECEIVED".
+ *   "value":..}, and, as long as answers come, every 100 ms {"now":..,"acked":..,"last":..,"forgotten":..,"skipped":..}. --log: one line an answer, "VALUE SENT RECEIVED".
  * Times are CLOCK_REALTIME seconds, lengths of time are measured by CLOCK_MONOTONIC.
  */
 #include <arpa/inet.h>
@@ -212,7 +212,8 @@ static void run(int fd, const struct options *o, struct result *r, FILE *log)
         }
         if (o->stream && mono_ns() - spoken_ns > NSEC / 10) {
             spoken_ns = mono_ns();
-            printf("{\"now\":%.6f,\"acked\":%" PRIu64 ",\"last\":%" PRId64 "}\n", wall(), r->acked, r->last);
+            printf("{\"now\":%.6f,\"acked\":%" PRIu64 ",\"last\":%" PRId64 ",\"forgotten\":%" PRIu64 ",\"skipped\":%" PRIu64 "}\n",
+                   wall(), r->acked, r->last, r->forgotten, r->skipped);
             fflush(stdout);
         }
         if (o->rate > 0) {
