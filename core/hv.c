@@ -149,6 +149,15 @@ int lb_hv_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t fir
     return ops_of(vm)->read(vm, blk, first_page, n_pages, buf, err);
 }
 
+int lb_hv_read_pages(struct lb_hv_vm *vm, const struct lb_ram_block *blk, const uint32_t *pages,
+                     uint64_t n, void *buf, struct lb_error *err)
+{
+    assert(n > 0 && buf);
+    for (uint64_t i = 0; i < n; i++)
+        check_pages(blk, pages[i], 1);
+    return ops_of(vm)->read_pages(vm, blk, pages, n, buf, err);
+}
+
 int lb_hv_stop(struct lb_hv_vm *vm, struct lb_error *err)
 {
     struct lb_hv_vm_base *base = base_of(vm);

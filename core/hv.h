@@ -17,8 +17,8 @@
  *
  * Every slot is mandatory.  Slots are called only through the lb_hv_* wrappers
  * below, which check the state, from one thread at a time per VM (the engine
- * thread of the session) - except lb_hv_read, lb_hv_write, lb_hv_log_peek and
- * lb_hv_freeze, which any thread may call concurrently.
+ * thread of the session) - except lb_hv_read, lb_hv_read_pages, lb_hv_write,
+ * lb_hv_log_peek and lb_hv_freeze, which any thread may call concurrently.
  */
 #ifndef LB_HV_H
 #define LB_HV_H
@@ -165,6 +165,10 @@ struct lb_hv_ops {
     /* Copy pages into buf. For blocks without a map. Any thread. */
     int (*read)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                 uint64_t n_pages, void *buf, struct lb_error *err);
+    /* The same for n pages anywhere in the block, ascending, into buf one after the other: one
+     * system call per thousand instead of one each. */
+    int (*read_pages)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, const uint32_t *pages,
+                      uint64_t n, void *buf, struct lb_error *err);
     /* Pause: on return the guest does not run and no device I/O is in flight. */
     int (*stop)(struct lb_hv_vm *vm, struct lb_error *err);
     /* Continue; also re-acquires disks released by save_state(final). */
@@ -276,6 +280,8 @@ int lb_hv_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct 
                     struct lb_error *err);
 int lb_hv_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                uint64_t n_pages, void *buf, struct lb_error *err);
+int lb_hv_read_pages(struct lb_hv_vm *vm, const struct lb_ram_block *blk, const uint32_t *pages,
+                     uint64_t n, void *buf, struct lb_error *err);
 int lb_hv_stop(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_hv_cont(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_hv_save_begin(struct lb_hv_vm *vm, bool final, struct lb_error *err);

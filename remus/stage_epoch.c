@@ -13,7 +13,10 @@
 
 enum {
     STEP_PAGES = 512,        /* growth: 2 MiB, what the kernel can give in one page */
-    TWO_THREADS_PAGES = 2048,/* below it waking the second costs more than it saves */
+    /* Below it waking the second thread costs more than it saves: copies, reads from another process. */
+    TWO_COPY_PAGES = 2048,
+    TWO_READ_PAGES = 512,
+    READ_PAGES = 1024,       /* at once */
     AMPLE_FACTOR = 4,
     AMPLE_CALLS = 256,
 };
@@ -40,20 +43,32 @@ struct lb_copier {
     bool quit;
 };
 
+static int read_pages(struct copy_job *j)
+{
+    uint32_t pages[READ_PAGES];
+
+    for (uint64_t i = j->from, n; i < j->to; i += n) {
+        for (n = 0; n < READ_PAGES && i + n < j->to; n++)
+            pages[n] = j->e->pages[i + n].page;
+        if (lb_hv_read_pages(j->vm, j->blk, pages, n, j->e->data + i * LB_PAGE_SIZE, &j->err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 /* Pages that follow each other in the block do so in the buffer as well. */
 static int copy_pages(struct copy_job *j)
 {
     const struct lb_epoch_page *p = j->e->pages;
     const uint8_t *map = j->blk->map;
 
+    if (!map)
+        return read_pages(j);
     for (uint64_t i = j->from, n; i < j->to; i += n) {
         for (n = 1; i + n < j->to && p[i + n].page == p[i].page + n; n++)
             ;
-        uint8_t *dst = j->e->data + i * LB_PAGE_SIZE;
-        if (map)
-            memcpy(dst, map + (size_t)p[i].page * LB_PAGE_SIZE, n * LB_PAGE_SIZE);
-        else if (lb_hv_read(j->vm, j->blk, p[i].page, n, dst, &j->err) < 0)
-            return -1;
+        memcpy(j->e->data + i * LB_PAGE_SIZE, map + (size_t)p[i].page * LB_PAGE_SIZE,
+               n * LB_PAGE_SIZE);
     }
     return 0;
 }
@@ -129,7 +144,9 @@ static int copy_all(struct copy_job *all, struct lb_epoch *e, struct lb_error *e
 {
     struct copy_job first = *all, second = *all;
 
-    if (all->to - all->from >= TWO_THREADS_PAGES && e->copier) {
+    uint64_t two = all->blk->map ? TWO_COPY_PAGES : TWO_READ_PAGES;
+
+    if (all->to - all->from >= two && e->copier) {
         first.to = second.from = all->from + (all->to - all->from) / 2;
         copier_begin(e->copier, &second);
         first.rc = copy_pages(&first);
@@ -217,7 +234,7 @@ int lb_epoch_reserve(struct lb_epoch *e, uint64_t n_pages, struct lb_error *err)
     if (n_pages > MAX_PAGES)
         return lb_fail(err, LB_E_NO_SPACE, "an epoch of %llu pages", (unsigned long long)n_pages);
     uint64_t want = e->n_pages + n_pages;
-    if (want >= TWO_THREADS_PAGES && !e->copier)
+    if (want >= TWO_READ_PAGES && !e->copier)
         e->copier = copier_new();
     e->ample = e->n_pages == 0 && LB_MAX(want, (uint64_t)STEP_PAGES) <= e->pages_cap / AMPLE_FACTOR
                    ? e->ample + 1 : 0;

@@ -930,6 +930,18 @@ static int fake_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64
     return 0;
 }
 
+static int fake_read_pages(struct lb_hv_vm *vm, const struct lb_ram_block *blk,
+                           const uint32_t *pages, uint64_t n, void *buf, struct lb_error *err)
+{
+    if (lb_fake_enter(LB_FAKE_READ, vm->guest, err) < 0)
+        return -1;
+    struct fake_block *b = block_of(vm->guest, blk);
+    for (uint64_t i = 0; i < n; i++)
+        memcpy((uint8_t *)buf + i * LB_PAGE_SIZE, b->our_map + (size_t)pages[i] * LB_PAGE_SIZE,
+               LB_PAGE_SIZE);
+    return 0;
+}
+
 static int fake_stop(struct lb_hv_vm *vm, struct lb_error *err)
 {
     struct guest *g = vm->guest;
@@ -1288,6 +1300,7 @@ const struct lb_hv_ops lb_hv_fake = {
     .log_disable = fake_log_disable,
     .populated = fake_populated,
     .read = fake_read,
+    .read_pages = fake_read_pages,
     .stop = fake_stop,
     .cont = fake_cont,
     .save_begin = fake_save_begin,

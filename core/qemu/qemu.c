@@ -411,6 +411,7 @@ const struct lb_hv_ops lb_hv_qemu = {
     .log_disable = log_disable,
     .populated = lb_qemu_populated,
     .read = lb_qemu_read,
+    .read_pages = lb_qemu_read_pages,
     .stop = stop,
     .cont = cont,
     .save_begin = lb_qemu_save_begin,

@@ -170,6 +170,8 @@ const struct lb_qemu_block *lb_qemu_block(struct lb_hv_vm *vm, const struct lb_r
 /* ------------------------------------------------------------------- ram.c */
 int lb_qemu_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk,
                       struct lb_bitmap *pages, struct lb_error *err);
+int lb_qemu_read_pages(struct lb_hv_vm *vm, const struct lb_ram_block *blk, const uint32_t *pages,
+                       uint64_t n, void *buf, struct lb_error *err);
 int lb_qemu_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                  uint64_t n_pages, void *buf, struct lb_error *err);
 int lb_qemu_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,

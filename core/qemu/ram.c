@@ -19,6 +19,8 @@
 
 /* The kernel moves less than 2 GiB a call. */
 #define MOVE_MAX (UINT64_C(1) << 30)
+/* And takes so many places. */
+#define MOVE_PLACES 1024u
 
 /* Into a fresh page of a memfd, write(2) is twice as fast as a store through the mapping:
  * no fault, and the page is not zeroed first (256 MiB: 110 against 210 ms). */
@@ -75,6 +77,54 @@ int lb_qemu_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t f
                  uint64_t n_pages, void *buf, struct lb_error *err)
 {
     return move(vm, lb_qemu_block(vm, blk), first_page, n_pages, buf, false, err);
+}
+
+/* Places of the first pages of a list, those that follow each other as one. Returns how many pages. */
+static uint64_t places_of(const struct lb_qemu_block *b, const uint32_t *pages, uint64_t n,
+                          struct iovec places[MOVE_PLACES], unsigned *n_places)
+{
+    uint64_t i = 0;
+
+    *n_places = 0;
+    for (; i < n && i < MOVE_MAX / LB_PAGE_SIZE; i++) {
+        bool next = i > 0 && pages[i] == pages[i - 1] + 1;
+        if (!next && *n_places == MOVE_PLACES)
+            break;
+        if (!next)
+            places[(*n_places)++] = (struct iovec){
+                (void *)(b->pub.hva + (uint64_t)pages[i] * LB_PAGE_SIZE), 0};
+        places[*n_places - 1].iov_len += LB_PAGE_SIZE;
+    }
+    return i;
+}
+
+int lb_qemu_read_pages(struct lb_hv_vm *vm, const struct lb_ram_block *blk, const uint32_t *pages,
+                       uint64_t n, void *buf, struct lb_error *err)
+{
+    const struct lb_qemu_block *b = lb_qemu_block(vm, blk);
+    struct iovec places[MOVE_PLACES];
+    unsigned n_places;
+
+    if (b->pub.map || !b->pub.hva) {
+        for (uint64_t i = 0; i < n; i++)
+            if (move(vm, b, pages[i], 1, (char *)buf + i * LB_PAGE_SIZE, false, err) < 0)
+                return -1;
+        return 0;
+    }
+    while (n > 0) {
+        size_t len = places_of(b, pages, n, places, &n_places) * LB_PAGE_SIZE;
+        struct iovec here = {buf, len};
+        ssize_t r = process_vm_readv(vm->proc.pid, &here, 1, places, n_places, 0);
+        uint64_t done = r > 0 ? (uint64_t)r / LB_PAGE_SIZE : 0; /* it may stop early */
+        if (done == 0)
+            return lb_fail_errno(err, LB_E_HV, r < 0 ? errno : EFAULT,
+                                 "cannot read block %s of process %d", b->pub.name,
+                                 (int)vm->proc.pid);
+        buf = (char *)buf + done * LB_PAGE_SIZE;
+        pages += done;
+        n -= done;
+    }
+    return 0;
 }
 
 int lb_qemu_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,

@@ -158,6 +158,35 @@ static void test_populated_is_complete(void **state)
     }
 }
 
+/* Many places in one call are what one call each would have read, more of them than the kernel takes at once. */
+static void test_read_pages(void **state)
+{
+    (void)state;
+    enum { N = 3000 };
+    for (unsigned m = 0; m < LB_ARRAY_LEN(machines); m++) {
+        struct qemu q;
+        qemu_dir(&q);
+        qemu_start(&q, machines[m].args);
+        struct lb_hv_vm *vm = qemu_attach(&q);
+        wait_guest(vm);
+        const struct lb_ram_block *b = main_block(vm);
+        static char page[4096], many[N * 4096];
+        static uint32_t list[N];
+        for (uint32_t i = 0; i < N; i++) /* runs of two, up to the last of the block */
+            list[i] = i % 2 ? list[i - 1] + 1 : i * 4;
+        list[N - 1] = (uint32_t)(b->size_bytes / LB_PAGE_SIZE - 1);
+        OK(lb_hv_stop(vm, err));
+        OK(lb_hv_read_pages(vm, b, list, N, many, err));
+        for (uint32_t i = 0; i < N; i++) {
+            OK(lb_hv_read(vm, b, list[i], 1, page, err));
+            assert_memory_equal(page, many + i * 4096, 4096);
+        }
+        OK(lb_hv_cont(vm, err));
+        lb_hv_detach(vm);
+        qemu_end(&q);
+    }
+}
+
 static void test_stop_cont(void **state)
 {
     (void)state;
@@ -478,6 +507,7 @@ int main(void)
         cmocka_unit_test(test_blocks),
         cmocka_unit_test(test_log_exact),
         cmocka_unit_test(test_populated_is_complete),
+        cmocka_unit_test(test_read_pages),
         cmocka_unit_test(test_stop_cont),
         cmocka_unit_test(test_inject_300),
         cmocka_unit_test(test_unprivileged_sandbox),
