@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "migrate/handover.h"
+#include "remus/output.h"
 
 #define WITNESS_LOOK_NS UINT64_C(3000000000)
 #define FIRST_EPOCH_NS UINT64_C(60000000000) /* from END to a complete epoch, arming included */
@@ -335,6 +336,17 @@ static int receive(struct lb_bk *b, struct lb_error *err)
     return first_epoch(b, err);
 }
 
+/* What a session that died here held on the same taps would swallow all that this guest sends. */
+static void clear_output(struct lb_bk *b)
+{
+    struct lb_vm_ident id = lb_entry_ident(&b->rx.entry);
+    LB_AUTO_FREE char *dir = lb_vm_dir(b->rx.env->state_dir, b->rx.entry.name, false);
+    struct lb_error e = LB_ERROR_INIT;
+
+    if (lb_output_clear_stale(&id, b->rx.vm, dir, &e))
+        lb_log_error(LB_LOG_WARN, &e);
+}
+
 /* Returns 0 when it was discarded, or runs here: the state machine says which. */
 static int serve(struct lb_bk *b, struct lb_error *err)
 {
@@ -354,6 +366,7 @@ static int serve(struct lb_bk *b, struct lb_error *err)
     if (lb_rx_listen(r, lb_bk_on_message, b, err) || lb_rx_register(r, LB_VM_STANDBY, err) ||
         begin_record(b, err) || open_targets(b, err) || lb_rx_launch(r, err))
         return -1;
+    clear_output(b);
     if (receive(b, err) || lb_bk_follow(b, err))
         return -1;
     if (b->sm.state == BK_DISCARDED)
