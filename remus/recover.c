@@ -4,6 +4,7 @@
  *   entry      record                   what is done
  *   PROTECTED  arming, alone, none      it goes on here
  *              fenced                   what is left is destroyed
+ *              arming with a revision,
  *              protected, yielded       guest stopped; the witness and the other host are asked:
  *                                         ours -> it goes on here, unprotected
  *                                         theirs -> destroyed
@@ -368,6 +369,10 @@ static int recover_primary(struct rc *r, struct lb_error *err)
     case LB_PH_PROTECTED:
     case LB_PH_YIELDED:
         break;
+    case LB_PH_ARMING:
+        if (r->rec.revision) /* Armed may have been sent, and an epoch whose Ack was not seen */
+            break;
+        /* fall through */
     default:
         return go_on(r, r->rec.phase == LB_PH_ALONE ? "the backup will never run it"
                                                     : "no complete checkpoint had been made", err);
