@@ -338,11 +338,15 @@ void lb_guard_promoted(struct lb_guard *g)
     decided(g, LB_GUARD_THEIRS);
 }
 
-void lb_guard_yield(struct lb_guard *g, bool on)
+bool lb_guard_yield(struct lb_guard *g, bool on)
 {
+    bool late;
+
     pthread_mutex_lock(&g->mu);
-    g->yielding = on;
+    late = g->verdict != LB_GUARD_OPEN || (g->asking && !lb_witness_remembers(g->o.witness));
+    g->yielding = on && !late;
     pthread_mutex_unlock(&g->mu);
+    return !late;
 }
 
 enum lb_verdict_on_us lb_guard_verdict(struct lb_guard *g)

@@ -52,8 +52,10 @@ void lb_guard_answered(struct lb_guard *g, uint64_t sent_ns);
 void lb_guard_ask(struct lb_guard *g, const char *why);
 /* The backup has durably said that it never will run it. */
 void lb_guard_discarded(struct lb_guard *g);
-/* A planned failover: the guest is stopped for good; silence is no reason to claim (off: it is again). */
-void lb_guard_yield(struct lb_guard *g, bool on);
+/* A planned failover: the guest is stopped for good; silence is no reason to claim (off: it is again).
+ * on: false when it is too late, and the verdict counts: there is one, or a claim is under way at a
+ * witness that would not tell the backup. */
+bool lb_guard_yield(struct lb_guard *g, bool on);
 /* The backup said that it runs the guest: as if a claim had been lost. */
 void lb_guard_promoted(struct lb_guard *g);
 enum lb_verdict_on_us lb_guard_verdict(struct lb_guard *g);

@@ -62,7 +62,8 @@ static enum lb_verdict_on_us discard(struct prot *p, const char *reason)
     return v != LB_GUARD_OPEN ? v : ask(p, "the backup does not confirm that it gives up");
 }
 
-/* The guest will not run here again unless the witness says so. */
+/* The guest will not run here again unless the witness says so; one without a memory cannot, and then
+ * only the backup's own word counts, which recovery waits for. */
 static enum lb_verdict_on_us hand_to_backup(struct prot *p, struct lb_error *err)
 {
     Lb__Control m = LB__CONTROL__INIT;
@@ -70,9 +71,12 @@ static enum lb_verdict_on_us hand_to_backup(struct prot *p, struct lb_error *err
     uint64_t until = lb_now_ns() + LB_PROT_YIELD_NS;
     bool promoted;
 
-    if (lb_record_move(p->base->state_dir, p->entry.name, &p->rec, LB_PH_YIELDED, err))
+    if (!lb_guard_yield(p->guard, true))
+        return ask(p, "the backup was silent before the guest was handed to it");
+    if (lb_record_move(p->base->state_dir, p->entry.name, &p->rec, LB_PH_YIELDED, err)) {
+        lb_guard_yield(p->guard, false);
         return discard(p, err->message);
-    lb_guard_yield(p->guard, true);
+    }
     y.epoch = lb_prot_acked(p); /* nothing is on its way any more */
     m.kind_case = LB__CONTROL__KIND_YIELDED;
     m.yielded = &y;
@@ -85,6 +89,8 @@ static enum lb_verdict_on_us hand_to_backup(struct prot *p, struct lb_error *err
         pthread_mutex_unlock(&p->mu);
         if (promoted)
             lb_guard_promoted(p->guard);
+        else if (!lb_witness_remembers(p->witness))
+            return LB_GUARD_UNDECIDED;
     }
     lb_guard_yield(p->guard, false);
     return ask(p, "the backup does not say that it took over");
@@ -329,12 +335,26 @@ static enum lb_verdict_on_us find_out(struct prot *p, enum lb_prot_why why, stru
     return ask(p, "the backup is lost");
 }
 
+/* Handed over, and only the backup knows whether it arrived. */
+static int handed(struct prot *p, struct lb_error *err)
+{
+    snprintf(p->entry.note, sizeof(p->entry.note), "stopped: handed over to %.60s, which does not answer",
+             p->backup->name);
+    lb_vm_entry_save(p->base->state_dir, &p->entry, NULL);
+    lb_fail(err, LB_E_UNDECIDED, "VM %s is stopped: it was handed over to %s, which does not say whether "
+                                 "it runs there", p->entry.name, p->backup->name);
+    return lb_remedy(err, "bring host %s back: it is asked again by itself, `lifeboat recover %s` does it "
+                          "at once", p->backup->name, p->entry.name);
+}
+
 static int undecided(struct prot *p, struct lb_error *err)
 {
     char trouble[256];
 
     lb_guard_trouble(p->guard, trouble);
     lb_prot_move(p, P_UNDECIDED);
+    if (p->rec.phase == LB_PH_YIELDED)
+        return handed(p, err);
     snprintf(p->entry.note, sizeof(p->entry.note),
              "frozen: backup %.60s is silent and the witness cannot be asked", p->backup->name);
     lb_vm_entry_save(p->base->state_dir, &p->entry, NULL);

@@ -11,7 +11,7 @@
  *   arming     primary  no complete checkpoint known yet         revision 0: goes on here, freely; else as protected
  *   protected  primary  the backup may take over                 only the witness knows
  *   alone      primary  claimed: the backup never will           the guest goes on here, freely
- *   yielded    primary  planned failover: last checkpoint acked  only the witness knows
+ *   yielded    primary  planned failover: last checkpoint acked  only the witness, or the backup, knows
  *   fenced     primary  the backup has won                       destroy what is left
  *   receiving  backup   no complete checkpoint yet               destroy the receiver
  *   standby    backup   follows                                  destroy the receiver

@@ -203,10 +203,12 @@ static enum verdict who_runs(struct rc *r, struct lb_error *err)
 
     if (new_nonce(r, err) || open_witness(r, LB_SIDE_PRIMARY, &w, err))
         return NOBODY_KNOWS;
-    remembers = !strcmp(lb_witness_kind(w), "etcd");
+    remembers = lb_witness_remembers(w);
     v = remembers ? by_claim(r, w, err) : by_peer(r, err);
-    if (v == NOBODY_KNOWS)
-        v = remembers ? by_peer(r, &e2) : by_claim(r, w, &e2);
+    if (v == NOBODY_KNOWS && remembers)
+        v = by_peer(r, &e2);
+    else if (v == NOBODY_KNOWS && r->rec.phase != LB_PH_YIELDED) /* that may have run without a claim */
+        v = by_claim(r, w, &e2);
     if (v == NOBODY_KNOWS && e2.message[0])
         lb_context(err, "%.200s; and", e2.message);
     lb_witness_close(w);

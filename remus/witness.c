@@ -76,6 +76,11 @@ bool lb_witness_automatic(const struct lb_witness *w)
     return w->ops->automatic;
 }
 
+bool lb_witness_remembers(const struct lb_witness *w)
+{
+    return w->ops->remembers;
+}
+
 void lb_witness_key(char out[160], const char *vm_name, const char *uuid, const char *id)
 {
     /* QEMU says a uuid of zeros for a VM that was given none */

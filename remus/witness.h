@@ -26,7 +26,8 @@
  * Keys are never deleted by us: a missing one means that the witness lost its memory.
  *
  * fence and manual have no memory. A claim asks them to act (again) or rests on a person's word, so
- * recovery after a crash asks the other host first and claims only when it does not run the VM.
+ * recovery after a crash asks the other host first and claims only when it does not run the VM. A
+ * backup runs what was yielded to it without a claim: after that the primary claims no more.
  */
 #ifndef LB_WITNESS_H
 #define LB_WITNESS_H
@@ -60,6 +61,8 @@ void lb_witness_close(struct lb_witness *w); /* NULL is fine */
 const char *lb_witness_kind(const struct lb_witness *w);
 /* May the backup claim without a person? (manual: no) */
 bool lb_witness_automatic(const struct lb_witness *w);
+/* Does a claim tell whether the other side has won before? (fence, manual: no) */
+bool lb_witness_remembers(const struct lb_witness *w);
 /* The key of a VM: from its uuid, or from the protection's id when it has none. */
 void lb_witness_key(char out[160], const char *vm_name, const char *uuid, const char *id);
 

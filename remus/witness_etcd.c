@@ -396,6 +396,7 @@ static bool etcd_healthy(void *impl, char why[160])
 const struct lb_witness_ops lb_witness_etcd = {
     .kind = "etcd",
     .automatic = true,
+    .remembers = true,
     .open = etcd_open,
     .close = etcd_close,
     .arm = etcd_arm,

@@ -15,7 +15,7 @@ struct lb_witness_setup {
 };
 struct lb_witness_ops {
     const char *kind;
-    bool automatic;
+    bool automatic, remembers;
     int (*open)(const struct lb_witness_setup *s, void **impl, struct lb_error *err);
     void (*close)(void *impl);
     int (*arm)(void *impl, struct lb_remus_record *r, uint64_t deadline_ns, struct lb_error *err);

@@ -1375,6 +1375,17 @@ static void test_recover_forgetful(void **state)
         check_goes_on();
         assert_int_equal(fence_called(), 0);
         fresh(NULL);
+        /* What was yielded may run there without a claim: nothing but its word counts. */
+        primary_in(&p, LB_PH_YIELDED, specs[i], true);
+        assert_return_code(lb_hosts_forget(A.dir, "B", NULL), 0);
+        assert_int_equal(recover(&A, &code), -1);
+        assert_int_equal(code, LB_E_UNDECIDED);
+        assert_int_equal(lb_fake_running(VM), 0);
+        assert_int_equal(fence_called(), 0);
+        trust(&A, &B);
+        assert_int_equal(recover(&A, &code), 0);
+        check_goes_on();
+        fresh(NULL);
     }
 }
 

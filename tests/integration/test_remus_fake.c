@@ -841,6 +841,40 @@ static void test_planned_failover(void **state)
     check_nothing_on(&A);
 }
 
+/* It took over and cannot say so, and nobody remembers: the primary waits for its word. */
+static void test_planned_failover_unheard(void **state)
+{
+    struct lb_session_env env = env_of(&A);
+    struct lb_protect_opts o = plain_opts();
+    LB_AUTO_FREE char *ran = lb_asprintf("%s/ran", B.dir);
+    struct lb_vm_entry e;
+    char text[512];
+    struct run r;
+    uint64_t one = 1;
+
+    (void)state;
+    boot(&busy, &e);
+    snprintf(o.witness, sizeof(o.witness), "manual");
+    run_start(&r, &e, &o);
+    run_protected(&r, 20);
+    setenv("LIFEBOAT_PAUSE_AT", "bk-ran:300", 1);
+    setenv("LIFEBOAT_PAUSE_FILE", ran, 1);
+    assert_int_equal(write(bk.failover_fd, &one, sizeof(one)), sizeof(one));
+    for (int i = 0; i < 10000 && access(ran, F_OK); i++)
+        lb_sleep_ms(1);
+    px.cut = true;
+    run_end(&r);
+    unsetenv("LIFEBOAT_PAUSE_AT");
+    unsetenv("LIFEBOAT_PAUSE_FILE");
+    assert_true(bk.promoted);
+    assert_int_equal(r.end, LB_PROTECT_UNDECIDED);
+    assert_int_equal(lb_fake_running("vm"), 1);
+    px.cut = false;
+    assert_return_code(lb_remus_recover(&env, "vm", text, NULL), 0);
+    check_nothing_on(&A);
+    assert_int_equal(lb_fake_count("vm"), 1);
+}
+
 /* The hypervisor is killed under the session: that is what the backup is for. */
 static void test_vm_killed(void **state)
 {
@@ -1126,6 +1160,7 @@ int main(void)
         cmocka_unit_test_setup(test_backup_gone, fresh),
         cmocka_unit_test_setup(test_witness_away, fresh),
         cmocka_unit_test_setup(test_planned_failover, fresh),
+        cmocka_unit_test_setup(test_planned_failover_unheard, fresh),
         cmocka_unit_test_setup(test_vm_killed, fresh),
         cmocka_unit_test_setup(test_power_off, fresh),
         cmocka_unit_test_setup(test_slow_link, fresh),
