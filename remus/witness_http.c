@@ -39,7 +39,8 @@ struct question {
     bool look;                   /* nobody waits: its end says whether the servers are well */
     /* under http->lock */
     unsigned refs;               /* attempts, and the caller who waits */
-    json_t *answer;
+    bool answered;
+    json_t *answer;              /* of whoever takes it: JSON is for one thread at a time */
     char said[384];              /* what went wrong, one part a server */
 };
 
@@ -98,7 +99,7 @@ static void question_drop(struct question *q)
 
     if (--q->refs)
         return;
-    if (q->look && !q->answer) {
+    if (q->look && !q->answered) {
         h->healthy = false;
         snprintf(h->why, sizeof(h->why), "%.159s", q->said);
     }
@@ -115,10 +116,11 @@ static void question_answered(struct question *q, json_t *answer)
 
     h->healthy = true;
     h->why[0] = '\0';
-    if (q->answer) {
+    if (q->answered) {
         json_decref(answer);
         return;
     }
+    q->answered = true;
     q->answer = answer;
     pthread_cond_broadcast(&h->changed);
 }
@@ -193,7 +195,7 @@ static bool over(struct question *q, uint64_t now)
     bool answered;
 
     pthread_mutex_lock(&q->http->lock);
-    answered = q->answer != NULL;
+    answered = q->answered;
     pthread_mutex_unlock(&q->http->lock);
     return answered || now >= q->deadline_ns;
 }
@@ -369,10 +371,10 @@ int lb_http_ask(struct lb_http *h, const char *path, const char *body, uint64_t 
     q->refs++;
     h->queue[h->n_queue++] = q;
     event_active(h->job, EV_TIMEOUT, 0);
-    while (!q->answer && lb_now_ns() < deadline_ns)
+    while (!q->answered && lb_now_ns() < deadline_ns)
         pthread_cond_timedwait(&h->changed, &h->lock, &until);
-    if (q->answer)
-        *answer = json_incref(q->answer);
+    if (q->answered)
+        *answer = LB_STEAL_PTR(q->answer);
     else
         rc = lb_fail(err, LB_E_NET, "the witness does not answer: %s",
                      *q->said ? q->said : "not in time");
