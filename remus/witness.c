@@ -85,7 +85,7 @@ void lb_witness_key(char out[160], const char *vm_name, const char *uuid, const 
 {
     /* QEMU says a uuid of zeros for a VM that was given none */
     if (uuid && strspn(uuid, "0-") != strlen(uuid))
-        snprintf(out, 160, "lifeboat/vm/%.64s", uuid);
+        snprintf(out, 160, "lifeboat/vm/%.64s/%.64s", uuid, vm_name);
     else
         snprintf(out, 160, "lifeboat/vm/%.64s/%.64s", vm_name, id);
 }

@@ -23,7 +23,8 @@
  *
  * The owner may always arm it again. A claim succeeds at the revision of its record alone, and every
  * write makes a new revision: after A -> B (promoted) and B -> C (armed, owner B) A can neither claim nor arm.
- * Keys are never deleted by us: a missing one means that the witness lost its memory.
+ * Keys are never deleted by us: a missing one, or one as it was before, means that the witness lost
+ * its memory.
  *
  * fence and manual have no memory. A claim asks them to act (again) or rests on a person's word, so
  * recovery after a crash asks the other host first and claims only when it does not run the VM. A
@@ -63,7 +64,9 @@ const char *lb_witness_kind(const struct lb_witness *w);
 bool lb_witness_automatic(const struct lb_witness *w);
 /* Does a claim tell whether the other side has won before? (fence, manual: no) */
 bool lb_witness_remembers(const struct lb_witness *w);
-/* The key of a VM: from its uuid, or from the protection's id when it has none. */
+/* The key of a VM: from its uuid and name (copies of a VM often keep its uuid: with one key for both, one
+ * host could arm it twice, and the first would lose its claims), or from its name and the protection's
+ * id when it has no uuid. */
 void lb_witness_key(char out[160], const char *vm_name, const char *uuid, const char *id);
 
 /* Primary: put the key (owner: self, nonce: r->id), whatever it said before, unless it says that another
@@ -71,8 +74,9 @@ void lb_witness_key(char out[160], const char *vm_name, const char *uuid, const 
 int lb_witness_arm(struct lb_witness *w, struct lb_remus_record *r, uint64_t deadline_ns,
                    struct lb_error *err);
 /* Either side. r->nonce must be set (fresh, and saved) before. For UNREACHABLE and LOST *err says why.
- * A record that was never armed (revision 0) and a key that is gone are UNREACHABLE: neither side may conclude
- * anything. UNREACHABLE is no refusal: the claim may have been won, and may still be. */
+ * A record that was never armed (revision 0) and a witness that lost its memory are UNREACHABLE:
+ * neither side may conclude anything. UNREACHABLE is no refusal: the claim may have been won, and may
+ * still be. */
 enum lb_claim lb_witness_claim(struct lb_witness *w, const struct lb_remus_record *r,
                                uint64_t deadline_ns, struct lb_error *err);
 /* The protection of r->id ended here: the key is kept and says so, when it is still ours. A host that

@@ -139,7 +139,10 @@ static void keys(void **state)
     char key[160];
 
     lb_witness_key(key, "web1", "3f1c7a52-5a0e-4b7e-9f43-1d2f5c0a9b11", ID);
-    assert_string_equal(key, "lifeboat/vm/3f1c7a52-5a0e-4b7e-9f43-1d2f5c0a9b11");
+    assert_string_equal(key, "lifeboat/vm/3f1c7a52-5a0e-4b7e-9f43-1d2f5c0a9b11/web1");
+    /* a copy of the VM on the same host */
+    lb_witness_key(key, "web2", "3f1c7a52-5a0e-4b7e-9f43-1d2f5c0a9b11", ID);
+    assert_string_equal(key, "lifeboat/vm/3f1c7a52-5a0e-4b7e-9f43-1d2f5c0a9b11/web2");
     lb_witness_key(key, "web1", "00000000-0000-0000-0000-000000000000", ID);
     assert_string_equal(key, "lifeboat/vm/web1/" ID);
     lb_witness_key(key, "web1", "", ID);
