@@ -227,7 +227,7 @@ static enum verdict who_has_it(struct rc *r, struct lb_error *err)
     lb_key_format(self, r->env->identity->pub);
     if (!open_witness(r, LB_SIDE_PRIMARY, &w, NULL) &&
         !lb_witness_read(w, r->rec.key, &st, lb_now_ns() + CLAIM_NS, NULL))
-        other = st.present && st.owner[0] && strcmp(st.owner, self);
+        other = st.revision > r->rec.revision && st.owner[0] && strcmp(st.owner, self);
     lb_witness_close(w);
     if (other)
         return THEIRS;

@@ -7,7 +7,8 @@
  * All members are asked the same at the same time. Each transaction is bound to the revision that was
  * seen or armed, so however often and however late it is carried out, it does its work once; the
  * answers that come second find our own nonce or id and mean the same. A claim is also bound to the
- * protection's id: a cluster that was set up anew counts its revisions from one again. */
+ * protection's id: a cluster that was set up anew counts its revisions from one again. One that was set
+ * back (restored from a copy) must not tell both sides that they have lost: both would end their guest. */
 #include "remus/witness_http.h"
 #include "remus/witness_internal.h"
 
@@ -342,8 +343,10 @@ static enum lb_claim etcd_claim(void *impl, const struct lb_remus_record *r, uin
         return LB_CLAIM_UNREACHABLE;
     if (done > 0 || (is_mine(e, &now) && !strcmp(now.nonce, r->nonce)))
         return LB_CLAIM_WON;
-    if (now.state == KEY_ABSENT) {
-        lb_fail(err, LB_E_STATE, "the witness has lost its memory: key %s is gone", r->key);
+    /* Every write makes a later revision: what is not later was not written after it was armed. */
+    if (now.state == KEY_ABSENT || now.revision <= r->revision) {
+        lb_fail(err, LB_E_STATE, "the witness has lost its memory: key %s is %s", r->key,
+                now.state == KEY_ABSENT ? "gone" : "as it was before");
         lb_remedy(err, "find out which host may run the VM and stop the other's copy");
         return LB_CLAIM_UNREACHABLE;
     }
