@@ -89,6 +89,7 @@ def partitions(t, rig):
 def hosts_die(t, rig):
     host = rig.b
     procs = [host.popen(["sleep", "100"]) for _ in range(5)]
+    wait_for(lambda: len(host.pids()) == 5, 5, "five processes")  # each begins outside
     host.stop()
     states = [open("/proc/%d/stat" % p.pid).read().rsplit(")", 1)[1].split()[0] for p in procs]
     t.equal(states, ["T"] * 5, "a stopped host: every process stands still")
