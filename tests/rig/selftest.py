@@ -201,7 +201,7 @@ def promises(t, rig):
     t.equal(capture.order("uplink"), ["a", "b", "a", "b"], "a second sender shows as hosts taking turns")
     t.equal(capture.order("tap"), ["a"], "not so at the taps, where there was none")
     seen = {group: sum(run["frames"] for run in capture.runs(group) if run["place"] == "a") for group in ("uplink", "tap")}
-    t.ok(report["dropped"] == 0 and seen["uplink"] == seen["tap"] > 500, "no frame was missed: %s" % seen, report)
+    t.ok(report["dropped"] == 0 and seen["uplink"] == seen["tap"] > 200, "no frame was missed: %s" % seen, report)
 
 
 def second_stage(t):
