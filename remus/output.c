@@ -660,10 +660,10 @@ static int verify_tap(struct lb_output *o, struct card *c, struct lb_error *err)
     pthread_mutex_lock(&o->lock);
     c->kernel_dropped = dropped;
     pthread_mutex_unlock(&o->lock);
-    if (r <= 0)
-        return r;
-    return lb_fail(err, LB_E_STATE, "%s: the output filter was removed; it is in place again, "
-                                    "output may have left meanwhile", c->tap.ifname);
+    if (r > 0)
+        lb_fail(err, LB_E_STATE, "%s: the output filter was removed; it is in place again, output may "
+                                 "have left meanwhile", c->tap.ifname);
+    return r;
 }
 
 int lb_output_verify(struct lb_output *o, struct lb_error *err)

@@ -52,8 +52,8 @@ int lb_output_copy(struct lb_output *o, uint64_t epoch, size_t max_bytes, void *
 void lb_output_release(struct lb_output *o, uint64_t epoch);
 /* Nothing leaves after until_ns (CLOCK_MONOTONIC; UINT64_MAX: no limit). Any thread. Initially 0: closed. */
 void lb_output_gate(struct lb_output *o, uint64_t until_ns);
-/* Is everything still in place (somebody may have removed a filter)? -1: output may have left
- * unheld; puts it back when it can and says so. Cheap enough for every epoch (one netlink dump a card
+/* Is everything still in place (somebody may have removed a filter)? 1: it was not and is again, output
+ * may have left unheld meanwhile: *err says so. -1: it is not, and cannot be put back. Cheap enough for every epoch (one netlink dump a card
  * at most; may alternate cards). */
 int lb_output_verify(struct lb_output *o, struct lb_error *err);
 /* Guest stopped. Release (or drop) everything held, in order, and hold no more; the guest may run on return.

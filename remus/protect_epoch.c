@@ -139,10 +139,17 @@ static int take(struct prot *p, struct lb_epoch *e, struct lb_error *err)
 static int complete(struct prot *p, struct lb_epoch *e, struct lb_error *err)
 {
     struct lb_error why = LB_ERROR_INIT;
+    int held;
 
     if (lb_output_copy(p->output, e->number, LB_PROT_FRAMES_MAX, &e->frames, &e->frames_len, err))
         return -1;
-    if (lb_output_verify(p->output, &why))
+    held = lb_output_verify(p->output, &why);
+    if (held < 0) { /* what leaves unheld is forgotten by the backup: no protection any more */
+        if (err)
+            *err = why;
+        return -1;
+    }
+    if (held > 0)
         lb_prot_note(p, "%s", why.message);
     pthread_mutex_lock(&p->mu);
     p->captured = e->number;

@@ -918,6 +918,27 @@ static void test_power_off(void **state)
     assert_int_equal(lb_fake_count("vm"), 0);
 }
 
+/* A card that cannot be held any more ends the protection: the guest gets its network back. */
+static void test_hold_lost(void **state)
+{
+    struct lb_protect_opts o = plain_opts();
+    struct lb_fake_stats st;
+    struct lb_vm_entry e;
+    struct run r;
+    lb_fake_id id = boot(&busy, &e);
+
+    (void)state;
+    run_start(&r, &e, &o);
+    run_protected(&r, 20);
+    assert_return_code(lb_fake_break_hold(id, NULL), 0);
+    run_end(&r);
+    assert_int_equal(r.end, LB_PROTECT_ALONE);
+    assert_non_null(strstr(r.err.message, "net0"));
+    st = stats_of(id);
+    assert_true(st.running && !st.nic_held);
+    check_nothing_on(&B);
+}
+
 /* A link that is slower than the guest writes: epochs stretch, nothing breaks, memory is bounded. */
 static void test_slow_link(void **state)
 {
@@ -1163,6 +1184,7 @@ int main(void)
         cmocka_unit_test_setup(test_planned_failover_unheard, fresh),
         cmocka_unit_test_setup(test_vm_killed, fresh),
         cmocka_unit_test_setup(test_power_off, fresh),
+        cmocka_unit_test_setup(test_hold_lost, fresh),
         cmocka_unit_test_setup(test_slow_link, fresh),
         cmocka_unit_test_setup(test_host_killed, fresh),
         cmocka_unit_test_setup(test_host_stopped, fresh),
