@@ -27,7 +27,7 @@ struct lb_guard {
     pthread_cond_t cond;
     struct lb_lease lease;
     enum lb_verdict_on_us verdict;
-    bool frozen, asking, yielding, quit;
+    bool frozen, asking, yielding, switched_off, quit;
     uint64_t lapsed_ns;       /* since when; 0: it has not */
     char trouble[256];
 };
@@ -186,14 +186,27 @@ static void lost(struct lb_guard *g)
         lb_log_error(LB_LOG_ERROR, &err);
 }
 
+/* The guest died here: the backup has it, or nobody. */
+static bool nothing_to_claim(struct lb_guard *g)
+{
+    bool off;
+
+    pthread_mutex_lock(&g->mu);
+    off = g->switched_off;
+    pthread_mutex_unlock(&g->mu);
+    return !off && !lb_hv_exists(g->o.hv, &g->o.ident);
+}
+
 static enum lb_verdict_on_us claim(struct lb_guard *g)
 {
     struct lb_error err = LB_ERROR_INIT;
     bool fence = !strcmp(lb_witness_kind(g->o.witness), "fence");
     uint64_t t = lb_now_ns();
-    enum lb_claim c = lb_witness_claim(g->o.witness, &g->rec,
-                                       t + (fence ? CLAIM_FENCE_NS : CLAIM_NS), &err);
+    enum lb_claim c;
 
+    if (nothing_to_claim(g))
+        return LB_GUARD_UNDECIDED;
+    c = lb_witness_claim(g->o.witness, &g->rec, t + (fence ? CLAIM_FENCE_NS : CLAIM_NS), &err);
     if (c == LB_CLAIM_UNREACHABLE) {
         pthread_mutex_lock(&g->mu);
         if (strcmp(g->trouble, err.message)) {
@@ -336,6 +349,13 @@ void lb_guard_promoted(struct lb_guard *g)
 {
     lost(g);
     decided(g, LB_GUARD_THEIRS);
+}
+
+void lb_guard_switched_off(struct lb_guard *g)
+{
+    pthread_mutex_lock(&g->mu);
+    g->switched_off = true;
+    pthread_mutex_unlock(&g->mu);
 }
 
 bool lb_guard_yield(struct lb_guard *g, bool on)

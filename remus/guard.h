@@ -28,7 +28,8 @@ enum lb_verdict_on_us {
     LB_GUARD_OPEN,      /* nothing decided: the lease counts */
     LB_GUARD_OURS,      /* the backup never will run it */
     LB_GUARD_THEIRS,    /* the backup has it; the guest here was killed */
-    LB_GUARD_UNDECIDED, /* lapsed, and the witness could not be asked for LB_GUARD_UNDECIDED_MS */
+    LB_GUARD_UNDECIDED, /* lapsed, and the witness could not be asked for LB_GUARD_UNDECIDED_MS; or the
+                         * guest here is dead: no claim stands in the way of a backup that may run it */
 };
 #define LB_GUARD_UNDECIDED_MS 60000
 
@@ -52,6 +53,8 @@ void lb_guard_answered(struct lb_guard *g, uint64_t sent_ns);
 void lb_guard_ask(struct lb_guard *g, const char *why);
 /* The backup has durably said that it never will run it. */
 void lb_guard_discarded(struct lb_guard *g);
+/* The guest switched itself off: a claim is made for it all the same, so that nobody runs it again. */
+void lb_guard_switched_off(struct lb_guard *g);
 /* A planned failover: the guest is stopped for good; silence is no reason to claim (off: it is again).
  * on: false when it is too late, and the verdict counts: there is one, or a claim is under way at a
  * witness that would not tell the backup. */

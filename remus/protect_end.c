@@ -324,6 +324,7 @@ static enum lb_verdict_on_us find_out(struct prot *p, enum lb_prot_why why, stru
         lb_guard_wait(p->guard, lb_now_ns() + GRACE_NS);
         return vm_exists(p) ? discard(p, err->message) : killed(p, err);
     case WHY_POWEROFF:
+        lb_guard_switched_off(p->guard);
         lb_prot_move(p, P_DECIDING);
         snprintf(p->entry.note, sizeof(p->entry.note), "the guest switched itself off");
         return discard(p, p->entry.note);
@@ -335,14 +336,14 @@ static enum lb_verdict_on_us find_out(struct prot *p, enum lb_prot_why why, stru
     return ask(p, "the backup is lost");
 }
 
-/* Handed over, and only the backup knows whether it arrived. */
-static int handed(struct prot *p, struct lb_error *err)
+/* Handed over, or dead: only the backup knows whether it runs it. */
+static int up_to_backup(struct prot *p, const char *here, struct lb_error *err)
 {
-    snprintf(p->entry.note, sizeof(p->entry.note), "stopped: handed over to %.60s, which does not answer",
+    snprintf(p->entry.note, sizeof(p->entry.note), "%s; whether host %.60s runs it is not known", here,
              p->backup->name);
     lb_vm_entry_save(p->base->state_dir, &p->entry, NULL);
-    lb_fail(err, LB_E_UNDECIDED, "VM %s is stopped: it was handed over to %s, which does not say whether "
-                                 "it runs there", p->entry.name, p->backup->name);
+    lb_fail(err, LB_E_UNDECIDED, "VM %s: %s; whether host %s runs it is not known", p->entry.name, here,
+            p->backup->name);
     return lb_remedy(err, "bring host %s back: it is asked again by itself, `lifeboat recover %s` does it "
                           "at once", p->backup->name, p->entry.name);
 }
@@ -353,8 +354,10 @@ static int undecided(struct prot *p, struct lb_error *err)
 
     lb_guard_trouble(p->guard, trouble);
     lb_prot_move(p, P_UNDECIDED);
+    if (!vm_exists(p))
+        return up_to_backup(p, "its process is gone", err);
     if (p->rec.phase == LB_PH_YIELDED)
-        return handed(p, err);
+        return up_to_backup(p, "stopped, handed over", err);
     snprintf(p->entry.note, sizeof(p->entry.note),
              "frozen: backup %.60s is silent and the witness cannot be asked", p->backup->name);
     lb_vm_entry_save(p->base->state_dir, &p->entry, NULL);

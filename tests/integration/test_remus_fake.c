@@ -896,6 +896,32 @@ static void test_vm_killed(void **state)
     check_nothing_on(&A);
 }
 
+/* ... and the link is gone, too: no claim for a dead guest keeps the backup from running it. */
+static void test_vm_killed_unheard(void **state)
+{
+    struct lb_session_env env = env_of(&A);
+    struct lb_protect_opts o = plain_opts();
+    struct lb_vm_entry e;
+    char text[512];
+    struct run r;
+    uint64_t nonce, seen;
+    lb_fake_id id = boot(&busy, &e);
+
+    (void)state;
+    nonce = stats_of(id).nonce;
+    run_start(&r, &e, &o);
+    run_protected(&r, 20);
+    px.silent = true;
+    assert_return_code(lb_fake_kill(id, NULL), 0);
+    seen = wire->last;
+    run_end(&r);
+    assert_int_equal(r.end, LB_PROTECT_UNDECIDED);
+    check_promoted(nonce, seen);
+    px.silent = px.cut = false;
+    assert_return_code(lb_remus_recover(&env, "vm", text, NULL), 0);
+    check_nothing_on(&A);
+}
+
 /* A guest that switched itself off stays off, on both hosts. */
 static void test_power_off(void **state)
 {
@@ -1183,6 +1209,7 @@ int main(void)
         cmocka_unit_test_setup(test_planned_failover, fresh),
         cmocka_unit_test_setup(test_planned_failover_unheard, fresh),
         cmocka_unit_test_setup(test_vm_killed, fresh),
+        cmocka_unit_test_setup(test_vm_killed_unheard, fresh),
         cmocka_unit_test_setup(test_power_off, fresh),
         cmocka_unit_test_setup(test_hold_lost, fresh),
         cmocka_unit_test_setup(test_slow_link, fresh),
