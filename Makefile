@@ -179,7 +179,7 @@ clean:
 help:
 	@echo "all            build/lifeboat and build/lifeboatd"
 	@echo "deps-build     (root) install what all needs"
-	@echo "demo           (root) migrate a real VM between two hosts in namespaces, with a client watching"
+	@echo "demo           (root) migrate a real VM between hosts in namespaces, protect it, kill its host; a client watches"
 	@echo "check          (root) install what is missing, run every test"
 	@echo "check-unit     unit tests, no root"
 	@echo "check-lint check-fuzz check-integration check-softdirty check-e2e [T=name]   one group"
