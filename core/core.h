@@ -15,6 +15,7 @@
 #ifndef LB_CORE_H
 #define LB_CORE_H
 
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -229,6 +230,9 @@ void lb_remove_dead_sockets(char *const *paths);
 /* The calling thread before all ordinary work of this host, for what others wait for with a deadline. Not
  * everywhere allowed: then it stays as it was, and the log says so once. */
 void lb_thread_realtime(void);
+/* A mutex that lends the priority of who waits for it to who holds it: for what such threads share with
+ * others, which would otherwise keep them waiting for as long as an ordinary thread waits for a processor. */
+void lb_mutex_init_inherit(pthread_mutex_t *m);
 /* NULL-terminated argv of /proc/PID/cmdline. Caller: lb_strv_free. */
 int lb_proc_cmdline(pid_t pid, char ***argv, struct lb_error *err);
 

@@ -240,3 +240,13 @@ void lb_thread_realtime(void)
     if (e && !atomic_flag_test_and_set(&said))
         lb_log(LB_LOG_INFO, "no real-time priority: %s", strerror(e));
 }
+
+void lb_mutex_init_inherit(pthread_mutex_t *m)
+{
+    pthread_mutexattr_t a;
+
+    pthread_mutexattr_init(&a);
+    pthread_mutexattr_setprotocol(&a, PTHREAD_PRIO_INHERIT);
+    pthread_mutex_init(m, &a);
+    pthread_mutexattr_destroy(&a);
+}

@@ -208,7 +208,7 @@ struct lb_ctl_queue *lb_ctl_queue_start_first(struct lb_chan *c,
     q->on_end = on_end;
     q->arg = arg;
     q->tail = &q->head;
-    pthread_mutex_init(&q->mu, NULL);
+    lb_mutex_init_inherit(&q->mu);
     pthread_condattr_init(&ca);
     pthread_condattr_setclock(&ca, CLOCK_MONOTONIC);
     pthread_cond_init(&q->cond, &ca);

@@ -43,7 +43,7 @@ int lb_rx_open(struct lb_rx *r, const struct lb_session_env *env, struct lb_chan
 
     *r = (struct lb_rx){.env = env, .chan = chan, .peer = peer, .req = req, .vm_lock = -1,
                         .confirmed = -1};
-    pthread_mutex_init(&r->mu, NULL);
+    lb_mutex_init_inherit(&r->mu);
     pthread_condattr_init(&ca);
     pthread_condattr_setclock(&ca, CLOCK_MONOTONIC);
     pthread_cond_init(&r->cond, &ca);

@@ -31,7 +31,7 @@ void lb_tx_init(struct lb_tx *t, const struct lb_session_env *env, const struct 
     t->keys.cipher = opts->insecure_plaintext ? LB_CIPHER_NONE : lb_cipher_preferred();
     randombytes_buf(t->keys.secret, sizeof(t->keys.secret));
     memcpy(t->keys.session_id, env->session_id, LB_SESSION_ID_BYTES);
-    pthread_mutex_init(&t->mu, NULL);
+    lb_mutex_init_inherit(&t->mu);
 }
 
 void lb_tx_hang_up(struct lb_tx *t)

@@ -55,7 +55,7 @@ static struct lb_chan *chan_new(struct lb_transport *t)
 {
     struct lb_chan *c = lb_alloc(sizeof(*c));
     c->t = t;
-    pthread_mutex_init(&c->send_lock, NULL);
+    lb_mutex_init_inherit(&c->send_lock);
     c->tx_plain = lb_alloc(1 + FRAME_DATA_MAX);
     c->tx_frame = lb_alloc(FRAME_MAX);
     c->rbuf = lb_alloc(FRAME_MAX);

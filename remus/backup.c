@@ -402,7 +402,7 @@ int lb_backup_serve(const struct lb_remus_env *env, struct lb_chan *chan, const 
 
     assert(b.spec);
     *promoted = false;
-    pthread_mutex_init(&b.mu, NULL);
+    lb_mutex_init_inherit(&b.mu);
     lb_sm_init(&b.sm, "backup", states, BK_N_STATES, BK_PREFLIGHT);
     rc = lb_rx_open(&b.rx, &env->base, chan, peer, first->migrate_request, &local);
     snprintf(vm_name, 128, "%s", b.rx.entry.name);

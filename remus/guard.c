@@ -259,13 +259,9 @@ static void *asker_main(void *arg)
 
 static void init_locks(struct lb_guard *g)
 {
-    pthread_mutexattr_t ma;
     pthread_condattr_t ca;
 
-    pthread_mutexattr_init(&ma);
-    pthread_mutexattr_setprotocol(&ma, PTHREAD_PRIO_INHERIT);
-    pthread_mutex_init(&g->mu, &ma);
-    pthread_mutexattr_destroy(&ma);
+    lb_mutex_init_inherit(&g->mu);
     pthread_condattr_init(&ca);
     pthread_condattr_setclock(&ca, CLOCK_MONOTONIC);
     pthread_cond_init(&g->cond, &ca);

@@ -419,7 +419,7 @@ int lb_output_open(struct lb_hv_vm *vm, const struct lb_vm_ident *ident, const c
     o->cards = lb_alloc(LB_MAX(n, 1u) * sizeof(*o->cards));
     o->record = lb_output_record_path(run_dir);
     o->nl.fd = o->sysfs_fd = o->gate_fd = -1;
-    pthread_mutex_init(&o->lock, NULL);
+    lb_mutex_init_inherit(&o->lock);
     o->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     o->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (o->epoll_fd < 0 || o->kick_fd < 0) {

@@ -124,7 +124,7 @@ static void init_locks(struct prot *p)
 {
     pthread_condattr_t ca;
 
-    pthread_mutex_init(&p->mu, NULL);
+    lb_mutex_init_inherit(&p->mu);
     pthread_condattr_init(&ca);
     pthread_condattr_setclock(&ca, CLOCK_MONOTONIC);
     pthread_cond_init(&p->cond, &ca);

@@ -348,6 +348,7 @@ static void *loop(void *arg)
 {
     struct lb_http *h = arg;
 
+    lb_thread_realtime(); /* a claim has a deadline, and takes little */
     event_base_loop(h->base, EVLOOP_NO_EXIT_ON_EMPTY);
     return NULL;
 }
@@ -500,7 +501,7 @@ int lb_http_open(const char *urls, uint16_t default_port, const char *look_path,
     pthread_condattr_t monotonic;
 
     TAILQ_INIT(&h->attempts);
-    pthread_mutex_init(&h->lock, NULL);
+    lb_mutex_init_inherit(&h->lock);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&h->changed, &monotonic);
