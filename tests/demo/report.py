@@ -5,6 +5,7 @@ guest's address, as the capture has it. Times are seconds of time.time()."""
 
 import os
 import shutil
+import statistics
 import subprocess
 
 
@@ -43,6 +44,11 @@ def _size(count):
     return "%.2f MB" % (count / 1e6) if count >= 1e6 else "%.0f kB" % (count / 1e3)
 
 
+def _wait_ms(answers, start, end):
+    """Half of the answers that were asked for in that time took less."""
+    return statistics.median((received - sent) * 1e3 for _, sent, received in answers if start <= sent <= end)
+
+
 def _row(name, *values):
     width = SPAN if len(values) == 1 else CELL
     print("| %-*s |%s" % (NAME_WIDTH, name, "".join(" %*s |" % (width, value) for value in values)))
@@ -75,6 +81,9 @@ def print_table(moved, protected, bad_pages, heard):
     _row("  the guest's pause for one, p50 / p99", "%.1f / %.1f ms" % (status["pause_p50_ms"], status["pause_p99_ms"]))
     _row("  changed in one / sent for it", "%s / %s" % (_size(status["raw_bytes_per_s"] / epochs),
                                                         _size(status["wire_bytes_per_s"] / epochs)))
+    _row("  an answer takes before / with it, p50",
+         "%.1f / %.1f ms" % (_wait_ms(protected["answers"], 0, protected["start"]),
+                             _wait_ms(protected["answers"], protected["ready"], protected["died"])))
     _line()
     _row("death of host a", "")
     _row("  failover, as the client saw it", "%.0f ms" % protected["stall_ms"])
