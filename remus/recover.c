@@ -278,13 +278,14 @@ static int clear_leftovers(struct rc *r, struct lb_error *err)
     LB_AUTO_FREE char *dir = lb_vm_dir(r->env->state_dir, r->e.name, false);
     LB_AUTO_FREE struct lb_hv_disk *disks = NULL;
     struct lb_vm_ident id = lb_entry_ident(&r->e);
+    struct lb_error why = LB_ERROR_INIT;
     unsigned n = 0;
 
     if (lb_output_clear_stale(&id, r->vm, dir, err) || lb_hv_disks(r->vm, &disks, &n, err))
         return -1;
-    for (unsigned i = 0; i < n; i++)
-        if (lb_hv_disk_mirror_end(r->vm, disks[i].id, err))
-            return -1;
+    for (unsigned i = 0; i < n; i++) /* one that does not go is no reason to keep the guest stopped */
+        if (lb_hv_disk_mirror_end(r->vm, disks[i].id, &why))
+            lb_log_error(LB_LOG_WARN, &why);
     return 0;
 }
 
