@@ -192,6 +192,7 @@ static void tear_down(struct prot *p)
     pthread_cond_destroy(&p->cond);
     pthread_mutex_destroy(&p->mu);
     free(p->disks);
+    free(p->parts);
     free(p->run_dir);
     free(p->pauses);
     free(p);

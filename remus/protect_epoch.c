@@ -24,6 +24,7 @@
 #define CLOCK_EVERY_NS UINT64_C(1000000000)
 #define CLOCK_LAG_NS UINT64_C(10000000)
 #define REPORT_MS 100u
+#define PARTS_EVERY_NS UINT64_C(5000000000) /* rarely: it costs the prepared commands of one pause */
 
 /* ------------------------------------------------------------------ the pause */
 
@@ -378,6 +379,42 @@ static int first_ack(struct prot *p, struct lb_error *err)
     return 0;
 }
 
+/* --------------------------------------------------------- what the VM is made of */
+
+char *lb_prot_parts(struct prot *p, struct lb_error *err)
+{
+    LB_AUTO_FREE struct lb_nic *nics = NULL;
+    LB_AUTO_FREE struct lb_hv_disk *disks = NULL;
+    unsigned n_nics = 0, n_disks = 0;
+    char *text, *longer;
+
+    if (lb_hv_nics(p->tx.vm, &nics, &n_nics, err) || lb_hv_disks(p->tx.vm, &disks, &n_disks, err))
+        return NULL;
+    text = lb_strdup("");
+    for (unsigned i = 0; i < n_nics + n_disks; i++, free(text), text = longer)
+        longer = i < n_nics ? lb_asprintf("%s card %s,", text, nics[i].id)
+                            : lb_asprintf("%s disk %s,", text, disks[i - n_nics].id);
+    return text;
+}
+
+/* Nobody says so when a card or a disk is plugged in: its output would not be held, its contents not be
+ * copied, and the standby does not have it. */
+static int check_parts(struct prot *p, struct lb_error *err)
+{
+    uint64_t now = lb_now_ns();
+
+    if (now - p->t_parts < PARTS_EVERY_NS)
+        return 0;
+    p->t_parts = now;
+    LB_AUTO_FREE char *parts = lb_prot_parts(p, err);
+    if (!parts || !strcmp(parts, p->parts))
+        return parts ? 0 : -1;
+    lb_fail(err, LB_E_STATE, "VM %s was changed while it was protected: it had%.150s now it has%.150s",
+            p->entry.name, p->parts, parts);
+    return lb_remedy(err, "it is protected again by itself, as it is now, when the other host can have a "
+                          "VM like it");
+}
+
 static enum lb_prot_why broken(struct prot *p, struct lb_error *err)
 {
     struct lb_vm_ident id = lb_entry_ident(&p->entry);
@@ -426,7 +463,7 @@ enum lb_prot_why lb_prot_engine(struct prot *p, struct lb_error *err)
                 *err = p->why;
             return why;
         }
-        if (rc || first_ack(p, err))
+        if (rc || first_ack(p, err) || check_parts(p, err))
             return broken(p, err);
         lb_prot_report(p, false);
     }

@@ -86,6 +86,7 @@ struct prot {
     char *run_dir;
     struct lb_hv_disk *disks;
     unsigned n_disks;
+    char *parts;                       /* cards and disks of the VM, as text */
     struct lb_output *output;
     struct lb_disk_source *disk;
     struct lb_encoder *enc;
@@ -103,7 +104,7 @@ struct prot {
     struct lb_rate_mark mark;          /* at the last look at the rates */
     uint64_t t_report, last_dirty, total_pages;
     uint64_t t_stop, t_cont;           /* of the last pause */
-    uint64_t lag_ns, corrected_ns, t_clock;
+    uint64_t lag_ns, corrected_ns, t_clock, t_parts;
     bool touched;                      /* registry, log, output: something is there to undo */
     bool mirroring, saving, out_armed, disk_queued, no_clock, scan_after_save, yielding;
     double extra_percent;              /* of the state it is in */
@@ -150,6 +151,8 @@ enum lb_prot_why lb_prot_engine(struct prot *p, struct lb_error *err);
 int lb_prot_epoch(struct prot *p, bool last, struct lb_error *err);
 /* Whatever happened, let the guest run. */
 int lb_prot_resume(struct prot *p, struct lb_error *err);
+/* The cards and writable disks that the VM has now; caller frees. NULL: err. */
+char *lb_prot_parts(struct prot *p, struct lb_error *err);
 /* Until every captured epoch is acked; false: it will not be. */
 bool lb_prot_drain(struct prot *p, uint64_t deadline_ns);
 

@@ -385,7 +385,8 @@ static int prepare(struct prot *p, struct lb_error *err)
 
     if (!cache)
         cache = p->tx.desc.ram_bytes / 4;
-    if (lb_encoder_new(p->tx.blocks, p->tx.n_blocks, cache, &p->enc, err) ||
+    p->parts = lb_prot_parts(p, err); /* first: what is plugged in from now on is noticed */
+    if (!p->parts || lb_encoder_new(p->tx.blocks, p->tx.n_blocks, cache, &p->enc, err) ||
         lb_output_open(p->tx.vm, &id, p->run_dir, &p->output, err) ||
         lb_tx_connect(&p->tx, &p->bulk, err) || copy_disks(p, err) || copy_memory(p, err))
         return -1;

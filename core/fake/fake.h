@@ -88,6 +88,8 @@ int lb_fake_stats(lb_fake_id id, struct lb_fake_stats *out, struct lb_error *err
 #define LB_FAKE_FRAME_BYTES 64
 /* The guest sends one frame now, running or not. LB_E_STATE when the holder leaves no room. */
 int lb_fake_send(lb_fake_id id, struct lb_error *err);
+/* A guest without a card gets one now. */
+int lb_fake_plug_card(lb_fake_id id, struct lb_error *err);
 /* The hypervisor ends the hold of the card by itself: what the guest sends is lost from now on. */
 int lb_fake_break_hold(lb_fake_id id, struct lb_error *err);
 /* false: no frame of a fake guest */

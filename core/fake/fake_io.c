@@ -156,6 +156,16 @@ void lb_fake_io_die(struct guest *g)
     shutdown(g->nic.out, SHUT_RDWR);
 }
 
+int lb_fake_plug_card(lb_fake_id id, struct lb_error *err)
+{
+    struct guest *g = lb_fake_hold(id, err);
+    if (!g)
+        return -1;
+    g->config.nic = true;
+    lb_fake_let_go(g);
+    return 0;
+}
+
 int lb_fake_break_hold(lb_fake_id id, struct lb_error *err)
 {
     struct guest *g = lb_fake_hold(id, err);

@@ -965,6 +965,29 @@ static void test_hold_lost(void **state)
     check_nothing_on(&B);
 }
 
+/* A card that is plugged in under protection is not held: that is noticed, and ends it. */
+static void test_card_plugged(void **state)
+{
+    struct lb_fake_config c = busy;
+    struct lb_protect_opts o = plain_opts();
+    struct lb_vm_entry e;
+    struct run r;
+    lb_fake_id id;
+
+    (void)state;
+    c.nic = false;
+    c.frames_per_s = 0;
+    id = boot(&c, &e);
+    run_start(&r, &e, &o);
+    run_protected(&r, 20);
+    assert_return_code(lb_fake_plug_card(id, NULL), 0);
+    run_end(&r);
+    assert_int_equal(r.end, LB_PROTECT_ALONE);
+    assert_non_null(strstr(r.err.message, "net0"));
+    assert_true(stats_of(id).running);
+    check_nothing_on(&B);
+}
+
 /* A link that is slower than the guest writes: epochs stretch, nothing breaks, memory is bounded. */
 static void test_slow_link(void **state)
 {
@@ -1212,6 +1235,7 @@ int main(void)
         cmocka_unit_test_setup(test_vm_killed_unheard, fresh),
         cmocka_unit_test_setup(test_power_off, fresh),
         cmocka_unit_test_setup(test_hold_lost, fresh),
+        cmocka_unit_test_setup(test_card_plugged, fresh),
         cmocka_unit_test_setup(test_slow_link, fresh),
         cmocka_unit_test_setup(test_host_killed, fresh),
         cmocka_unit_test_setup(test_host_stopped, fresh),
