@@ -4,7 +4,14 @@
  * heard_ns (the backup's). Late, doubled and reordered messages therefore change nothing. */
 #include "remus/lease.h"
 
+#include <string.h>
+
 #define NS_PER_MS UINT64_C(1000000)
+
+uint32_t lb_lease_default_ms(const char *witness)
+{
+    return strncmp(witness, "fence:", 6) ? LB_LEASE_MS : LB_LEASE_FENCE_MS;
+}
 
 void lb_lease_init(struct lb_lease *l, uint32_t lease_ms, uint64_t now_ns)
 {
@@ -13,7 +20,7 @@ void lb_lease_init(struct lb_lease *l, uint32_t lease_ms, uint64_t now_ns)
     if (lease_ms < LB_LEASE_MIN_MS)
         lease_ms = LB_LEASE_MIN_MS;
     l->lease_ns = lease_ms * NS_PER_MS;
-    l->ask_ns = l->lease_ns / 10 * 6;
+    l->ask_ns = l->lease_ns / 10 * 8;
     l->margin_ns = l->lease_ns / 4;
     l->heard_ns = now_ns;
     l->until_ns = now_ns + l->lease_ns;

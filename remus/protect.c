@@ -153,7 +153,7 @@ static void init(struct prot *p, const struct lb_remus_env *env, const struct lb
     if (!p->opts.interval_ms)
         p->opts.interval_ms = LB_REMUS_INTERVAL_MS;
     if (!p->opts.lease_ms)
-        p->opts.lease_ms = LB_LEASE_MS;
+        p->opts.lease_ms = lb_lease_default_ms(p->opts.witness);
     p->mopts.bandwidth_bytes_per_s = opts->bandwidth_bytes_per_s;
     p->mopts.channels = opts->channels;
     p->mopts.insecure_plaintext = opts->insecure_plaintext;

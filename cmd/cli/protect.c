@@ -421,7 +421,7 @@ static const struct argp_option options[] = {
                                    "certain", 1},
     {"manual", OPT_MANUAL, NULL, 0, "A person decides, by `lifeboat failover`", 1},
     {"disk", OPT_DISK, "HOW", 0, "replicate (default) or none: the disks are shared or do not matter", 0},
-    {"lease", OPT_LEASE, "TIME", 0, "How long a silent host is waited for (default 100ms)", 0},
+    {"lease", OPT_LEASE, "TIME", 0, "How long a silent host is waited for (default 150ms; with --fence 1s)", 0},
     {"bandwidth", OPT_BANDWIDTH, "RATE", 0, "At most this much, e.g. 1Gbit or 50MB", 0},
     {"delta-cache", OPT_DELTA_CACHE, "SIZE", 0,
      "Memory of this host for sending differences only (default: a quarter of the guest's)", 0},

@@ -570,7 +570,7 @@ static int fill_options(const Lb__RpcProtect *r, const struct lb_host_config *c,
         .interval_ms = r->interval_ms ? r->interval_ms : LB_REMUS_INTERVAL_MS,
         .adaptive = r->adaptive,
         .disk = (enum lb_disk_mode)r->disk,
-        .lease_ms = r->lease_ms ? r->lease_ms : c->lease_ms ? c->lease_ms : LB_LEASE_MS,
+        .lease_ms = r->lease_ms ? r->lease_ms : c->lease_ms ? c->lease_ms : lb_lease_default_ms(witness),
         .bandwidth_bytes_per_s = r->bandwidth_bytes_per_s ? r->bandwidth_bytes_per_s
                                                           : c->bandwidth_bytes_per_s,
         .delta_cache_bytes = r->delta_cache_bytes,

@@ -23,12 +23,12 @@ static void times_of_a_lease(void **state)
     assert_true(l.lease_ns == LB_LEASE_MS * MS);
     lb_lease_init(&l, 200, T0);
     assert_true(l.lease_ns == 200 * MS);
-    assert_true(l.ask_ns == 120 * MS && l.margin_ns == 50 * MS);
+    assert_true(l.ask_ns == 160 * MS && l.margin_ns == 50 * MS);
     assert_int_equal(lb_lease_state(&l, T0), LB_LEASE_OK);
-    assert_true(lb_lease_next_ns(&l, T0) == T0 + 120 * MS);
-    assert_int_equal(lb_lease_state(&l, T0 + 120 * MS - 1), LB_LEASE_OK);
-    assert_int_equal(lb_lease_state(&l, T0 + 120 * MS), LB_LEASE_ASK);
-    assert_true(lb_lease_next_ns(&l, T0 + 120 * MS) == T0 + 200 * MS);
+    assert_true(lb_lease_next_ns(&l, T0) == T0 + 160 * MS);
+    assert_int_equal(lb_lease_state(&l, T0 + 160 * MS - 1), LB_LEASE_OK);
+    assert_int_equal(lb_lease_state(&l, T0 + 160 * MS), LB_LEASE_ASK);
+    assert_true(lb_lease_next_ns(&l, T0 + 160 * MS) == T0 + 200 * MS);
     assert_int_equal(lb_lease_state(&l, T0 + 200 * MS - 1), LB_LEASE_ASK);
     assert_int_equal(lb_lease_state(&l, T0 + 200 * MS), LB_LEASE_LAPSED);
     assert_true(lb_lease_next_ns(&l, T0 + 200 * MS) == UINT64_MAX);
@@ -51,8 +51,8 @@ static void answers_count_from_sending(void **state)
     lb_lease_init(&l, 100, T0);
     lb_lease_answered(&l, T0 + 50 * MS, T0 + 90 * MS);
     assert_true(l.until_ns == T0 + 150 * MS && l.heard_ns == T0 + 90 * MS);
-    assert_int_equal(lb_lease_state(&l, T0 + 109 * MS), LB_LEASE_OK);
-    assert_int_equal(lb_lease_state(&l, T0 + 110 * MS), LB_LEASE_ASK);
+    assert_int_equal(lb_lease_state(&l, T0 + 129 * MS), LB_LEASE_OK);
+    assert_int_equal(lb_lease_state(&l, T0 + 130 * MS), LB_LEASE_ASK);
     /* an older one that was overtaken */
     lb_lease_answered(&l, T0 + 40 * MS, T0 + 95 * MS);
     assert_true(l.until_ns == T0 + 150 * MS);
@@ -61,8 +61,8 @@ static void answers_count_from_sending(void **state)
     assert_true(l.until_ns == T0 + 150 * MS && l.heard_ns == T0 + 95 * MS);
     /* one that comes after the lapse still says what the backup promised */
     assert_int_equal(lb_lease_state(&l, T0 + 150 * MS), LB_LEASE_LAPSED);
-    lb_lease_answered(&l, T0 + 80 * MS, T0 + 155 * MS);
-    assert_int_equal(lb_lease_state(&l, T0 + 155 * MS), LB_LEASE_ASK);
+    lb_lease_answered(&l, T0 + 80 * MS, T0 + 165 * MS);
+    assert_int_equal(lb_lease_state(&l, T0 + 165 * MS), LB_LEASE_ASK);
 }
 
 static void promise(void **state)
