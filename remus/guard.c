@@ -313,7 +313,8 @@ void lb_guard_answered(struct lb_guard *g, uint64_t sent_ns)
     pthread_mutex_lock(&g->mu);
     if (g->verdict == LB_GUARD_OPEN) {
         lb_lease_answered(&g->lease, sent_ns, lb_now_ns());
-        gate(g, g->lease.until_ns);
+        if (!g->yielding)
+            gate(g, g->lease.until_ns);
         if (g->frozen)
             wake(g);
     }
@@ -360,7 +361,10 @@ bool lb_guard_yield(struct lb_guard *g, bool on)
 
     pthread_mutex_lock(&g->mu);
     late = g->verdict != LB_GUARD_OPEN || (g->asking && !lb_witness_remembers(g->o.witness));
-    g->yielding = on && !late;
+    if (g->verdict == LB_GUARD_OPEN && g->yielding != (on && !late)) {
+        g->yielding = on && !late;
+        gate(g, g->yielding ? 0 : g->lease.until_ns);
+    }
     pthread_mutex_unlock(&g->mu);
     return !late;
 }

@@ -16,6 +16,7 @@
 #include <string.h>
 
 #define MS UINT64_C(1000000)
+#define DRAIN_NS (100 * MS)
 #define DISARM_NS UINT64_C(5000000000)
 #define REPORT_NS (100 * MS)
 /* A host that dies takes its processes one after the other. When a part of this protection is gone the
@@ -62,6 +63,21 @@ static enum lb_verdict_on_us discard(struct prot *p, const char *reason)
     return v != LB_GUARD_OPEN ? v : ask(p, "the backup does not confirm that it gives up");
 }
 
+/* What was released is on its way, and may not be heard after the backup's guest. What is still here after
+ * this stays: the backup sends it again. */
+static void drain_output(struct prot *p)
+{
+    uint64_t until = lb_now_ns() + DRAIN_NS;
+    struct lb_output_stats st;
+
+    do {
+        lb_output_get_stats(p->output, &st);
+        if (!st.held_packets)
+            return;
+        lb_sleep_ms(1);
+    } while (lb_now_ns() < until);
+}
+
 /* The guest will not run here again unless the witness says so; one without a memory cannot, and then
  * only the backup's own word counts, which recovery waits for. */
 static enum lb_verdict_on_us hand_to_backup(struct prot *p, struct lb_error *err)
@@ -71,6 +87,7 @@ static enum lb_verdict_on_us hand_to_backup(struct prot *p, struct lb_error *err
     uint64_t until = lb_now_ns() + LB_PROT_YIELD_NS;
     bool promoted;
 
+    drain_output(p);
     if (!lb_guard_yield(p->guard, true))
         return ask(p, "the backup was silent before the guest was handed to it");
     if (lb_record_move(p->base->state_dir, p->entry.name, &p->rec, LB_PH_YIELDED, err)) {

@@ -41,6 +41,7 @@ CASES = {
 }
 TARGETS_PAUSE_MS = {"256 MB idle": 4, "256 MB 78 MB/s": 6, "1 GB 78 MB/s": 10}
 SO_TIMESTAMPNS = 35
+LEASE = "150ms"  # the default
 
 
 def percentile(values, p):
@@ -184,7 +185,7 @@ def failovers(count, seed, memory_mb=256):
         before = cluster.wait_guest()
         capture, counter = Capture(cluster), Counter(cluster.client)
         counter.wait_flowing()
-        cluster.protect(name, "a", "bc")
+        cluster.protect(name, "a", "bc", "--lease", LEASE)
         expected = ["a"]
         for i in range(count):
             role, status = cluster.wait_protected(name)
