@@ -57,8 +57,7 @@ void lb_guard_discarded(struct lb_guard *g);
 void lb_guard_switched_off(struct lb_guard *g);
 /* A planned failover: the guest is stopped for good; silence is no reason to claim (off: it is again).
  * on: false when it is too late, and the verdict counts: there is one, or a claim is under way at a
- * witness that would not tell the backup. */
-/* Nothing leaves through the gate meanwhile. */
+ * witness that would not tell the backup. Nothing leaves through the gate meanwhile. */
 bool lb_guard_yield(struct lb_guard *g, bool on);
 /* The backup said that it runs the guest: as if a claim had been lost. */
 void lb_guard_promoted(struct lb_guard *g);
