@@ -2,7 +2,8 @@
  *
  *   LIFEBOAT_PAUSE_AT=NAME       wait here until killed
  *   LIFEBOAT_PAUSE_AT=NAME:MS    wait here for MS milliseconds, then go on
- *   LIFEBOAT_PAUSE_FILE=FILE     created (empty) when the wait begins
+ *   LIFEBOAT_PAUSE_FILE=FILE     created (empty) when the wait begins; while it exists nobody waits:
+ *                                of several sessions only the first one that gets there
  *
  *   source         where it waits                 destination
  *   src-ready      receiver is up                 dst-launched     receiver started
@@ -16,9 +17,20 @@
  *   src-running    Running received               dst-acked        Running sent
  *   src-destroyed  own copy destroyed
  *
- *   backup of a protected VM (remus/backup_promote.c)
- *   bk-loaded      state loaded, record PROMOTING bk-journalled    journal RUNNING
- *   bk-won         the witness gave it to us      bk-ran           guest runs
+ *   protection (remus/): of setting up also src-ready, dst-launched, dst-receive, dst-round
+ *   primary                                       backup
+ *   pr-disks       mirrors have begun             bk-first         first epoch whole, no Ack yet
+ *   pr-rounds      first round is under way       bk-discard       journal REFUSED, not told yet
+ *   pr-arming      before the witness is armed    bk-loaded        state loaded, record PROMOTING
+ *   pr-armed       record has the revision        bk-won           the witness gave it to us
+ *   pr-told        Armed sent, no epoch yet       bk-journalled    journal RUNNING
+ *   pr-first       first Ack, not recorded yet    bk-ran           guest runs
+ *   pr-recorded    record PROTECTED
+ *   pr-ending      before Discard is sent
+ *   pr-free        it is ours, not recorded yet
+ *   pr-alone       record ALONE
+ *   pr-yield       record YIELDED                 pr-yielded       Yielded sent
+ *   pr-fenced      record FENCED
  *
  * Without the variable a point costs one getenv, and points are a handful per
  * migration.  A value that is not understood is logged and ignored: a session
@@ -43,11 +55,15 @@ static int parse_wait(const char *text, bool *forever, unsigned *ms)
     return 0;
 }
 
-static void create_file(const char *path)
+/* False: somebody has waited already. */
+static bool create_file(const char *path)
 {
-    LB_AUTO_FD int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+    LB_AUTO_FD int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (fd < 0 && errno == EEXIST)
+        return false;
     if (fd < 0)
         lb_log(LB_LOG_WARN, "LIFEBOAT_PAUSE_FILE: cannot create %s: %s", path, strerror(errno));
+    return true;
 }
 
 void lb_point(const char *name)
@@ -63,10 +79,10 @@ void lb_point(const char *name)
         lb_log(LB_LOG_WARN, "LIFEBOAT_PAUSE_AT=%s ignored: it is not NAME or NAME:MS", want);
         return;
     }
-    lb_log(LB_LOG_WARN, "waiting at point %s as LIFEBOAT_PAUSE_AT says", name);
     const char *file = getenv("LIFEBOAT_PAUSE_FILE");
-    if (file && *file)
-        create_file(file);
+    if (file && *file && !create_file(file))
+        return;
+    lb_log(LB_LOG_WARN, "waiting at point %s as LIFEBOAT_PAUSE_AT says", name);
     if (!forever)
         lb_sleep_ms(ms);
     while (forever)

@@ -308,8 +308,10 @@ static int discarded(struct lb_bk *b, struct lb_error *err)
     Lb__Control m = LB__CONTROL__INIT;
     Lb__Discarded d = LB__DISCARDED__INIT;
 
-    if (refuse(b, "discarded by the primary", err) ||
-        lb_record_remove(b->rx.env->state_dir, b->rx.entry.name, err))
+    if (refuse(b, "discarded by the primary", err))
+        return -1;
+    lb_point("bk-discard");
+    if (lb_record_remove(b->rx.env->state_dir, b->rx.entry.name, err))
         return -1;
     m.kind_case = LB__CONTROL__KIND_DISCARDED;
     m.discarded = &d;

@@ -200,6 +200,8 @@ int lb_bk_take_epoch(struct lb_bk *b, uint64_t epoch, struct lb_error *err)
     Lb__Control m = LB__CONTROL__INIT;
     Lb__EpochAck a = LB__EPOCH_ACK__INIT;
 
+    if (b->sm.state != BK_STANDBY)
+        lb_point("bk-first");
     a.epoch = epoch;
     m.kind_case = LB__CONTROL__KIND_EPOCH_ACK;
     m.epoch_ack = &a;

@@ -58,6 +58,7 @@ static enum lb_verdict_on_us discard(struct prot *p, const char *reason)
 {
     enum lb_verdict_on_us v = LB_GUARD_OPEN;
 
+    lb_point("pr-ending");
     if (!send_discard(p, reason))
         v = wait_verdict(p, lb_now_ns() + LB_PROT_DISCARD_NS);
     return v != LB_GUARD_OPEN ? v : ask(p, "the backup does not confirm that it gives up");
@@ -94,10 +95,12 @@ static enum lb_verdict_on_us hand_to_backup(struct prot *p, struct lb_error *err
         lb_guard_yield(p->guard, false);
         return discard(p, err->message);
     }
+    lb_point("pr-yield");
     y.epoch = lb_prot_acked(p); /* nothing is on its way any more */
     m.kind_case = LB__CONTROL__KIND_YIELDED;
     m.yielded = &y;
     if (!lb_prot_send(p, &m, NULL)) {
+        lb_point("pr-yielded");
         pthread_mutex_lock(&p->mu);
         while (!p->promoted && !p->lost && lb_now_ns() < until &&
                lb_guard_verdict(p->guard) == LB_GUARD_OPEN)
@@ -223,8 +226,10 @@ static int go_free(struct prot *p, struct lb_error *err)
     struct lb_error e2 = LB_ERROR_INIT;
     int rc;
 
+    lb_point("pr-free");
     if (lb_record_move(p->base->state_dir, p->entry.name, &p->rec, LB_PH_ALONE, &e2))
         lb_log_error(LB_LOG_ERROR, &e2);
+    lb_point("pr-alone");
     send_discard(p, "the guest goes on without this backup");
     rc = let_go(p, err);
     if (rc < 0)
@@ -257,6 +262,7 @@ static void fenced(struct prot *p)
 
     if (lb_record_move(p->base->state_dir, p->entry.name, &p->rec, LB_PH_FENCED, &err))
         lb_log_error(LB_LOG_ERROR, &err);
+    lb_point("pr-fenced");
     lb_prot_ship_stop(p);
     lb_tx_hang_up(&p->tx);
     if (p->saving) {

@@ -372,8 +372,10 @@ static int first_ack(struct prot *p, struct lb_error *err)
     pthread_mutex_unlock(&p->mu);
     if (!first)
         return 0;
+    lb_point("pr-first");
     if (lb_record_move(p->base->state_dir, p->entry.name, &p->rec, LB_PH_PROTECTED, err))
         return -1;
+    lb_point("pr-recorded");
     lb_prot_release_from_now(p);
     lb_prot_move(p, P_PROTECTED);
     return 0;

@@ -255,6 +255,7 @@ static int start_mirrors(struct prot *p, struct lb_error *err)
         if (lb_hv_disk_mirror(p->tx.vm, p->disks[i].id, lb_disk_source_socket(p->disk), name, err))
             return -1;
     }
+    lb_point("pr-disks");
     return 0;
 }
 
@@ -307,6 +308,8 @@ static int copy_memory(struct prot *p, struct lb_error *err)
     lb_prot_move(p, P_ROUNDS);
     for (uint32_t round = 0;; round++) {
         lb_sender_round_begin(p->tx.sender, round, true);
+        if (!round)
+            lb_point("pr-rounds");
         if (lb_tx_wait_round(&p->tx, round, tick, p, err))
             return -1;
         p->extra_percent = 1;
@@ -358,11 +361,13 @@ static int arm(struct prot *p, struct lb_error *err)
     struct lb_guard *guard;
 
     lb_prot_move(p, P_ARM);
+    lb_point("pr-arming");
     if (lb_witness_arm(p->witness, &p->rec, lb_now_ns() + WITNESS_NS, err))
         return -1;
     fresh_nonce(&p->rec);
     if (lb_record_move(p->base->state_dir, p->entry.name, &p->rec, LB_PH_ARMING, err))
         return -1;
+    lb_point("pr-armed");
     g.since_ns = lb_now_ns();
     if (lb_guard_start(&g, &guard, err))
         return -1;
@@ -375,7 +380,10 @@ static int arm(struct prot *p, struct lb_error *err)
     pthread_mutex_unlock(&p->tx.mu);
     if (lb_tx_check_interrupt(&p->tx, err))
         return -1;
-    return send_armed(p, err) ? lb_tx_explain(&p->tx, err) : lb_prot_ship_start(p, err);
+    if (send_armed(p, err))
+        return lb_tx_explain(&p->tx, err);
+    lb_point("pr-told");
+    return lb_prot_ship_start(p, err);
 }
 
 static int prepare(struct prot *p, struct lb_error *err)
