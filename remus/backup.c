@@ -20,6 +20,7 @@
 #define FIRST_EPOCH_NS UINT64_C(60000000000) /* from END to a complete epoch, arming included */
 #define SUPERSEDE_NS UINT64_C(5000000000)
 #define ARMED_NS UINT64_C(5000000000)
+#define GIVE_BACK_NS UINT64_C(2000000000)
 #define JOURNAL_LOCK_MS 5000
 #define MAX_DISKS 64u
 
@@ -376,6 +377,16 @@ static int serve(struct lb_bk *b, struct lb_error *err)
     return 0;
 }
 
+/* A claim that was won and came to nothing: refused durably, so the primary may protect its VM again. */
+static void give_back(struct lb_bk *b)
+{
+    struct lb_error err = LB_ERROR_INIT;
+
+    if (b->rec.nonce[0] &&
+        lb_witness_disarm(b->witness, &b->rec, lb_now_ns() + GIVE_BACK_NS, &err))
+        lb_log_error(LB_LOG_WARN, &err);
+}
+
 static void forget(struct lb_bk *b)
 {
     if (b->bulk)
@@ -387,8 +398,10 @@ static void forget(struct lb_bk *b)
     for (unsigned i = 0; i < b->n_targets; i++)
         lb_disk_target_close(b->targets[i], NULL);
     free(b->targets);
-    if (b->sm.state != BK_PROMOTED && lb_rx_discard(&b->rx))
+    if (b->sm.state != BK_PROMOTED && lb_rx_discard(&b->rx)) {
+        give_back(b);
         lb_bk_forget(b->rx.env->state_dir, b->rx.entry.name);
+    }
     lb_rx_close(&b->rx);
     lb_witness_close(b->witness);
     pthread_mutex_destroy(&b->mu);

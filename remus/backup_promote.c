@@ -81,6 +81,7 @@ static enum lb_claim attempt(struct lb_bk *b, bool vouched, struct lb_error *err
 {
     const char *dir = b->rx.env->state_dir;
     struct lb_journal *j = &b->rx.journal;
+    struct lb_vm_ident id = lb_entry_ident(&b->rx.entry);
     LB_AUTO_FD int lock = lb_journal_lock(dir, j->token, JOURNAL_LOCK_MS, err);
     enum lb_claim c = LB_CLAIM_WON;
 
@@ -88,6 +89,10 @@ static enum lb_claim attempt(struct lb_bk *b, bool vouched, struct lb_error *err
         return LB_CLAIM_UNREACHABLE;
     if (j->state == LB_J_REFUSED) {
         lb_fail(err, LB_E_STATE, "%s", j->detail);
+        return LB_CLAIM_LOST;
+    }
+    if (!lb_hv_exists(b->rx.env->hv, &id)) { /* the primary, should it live, has the only copy */
+        lb_fail(err, LB_E_HV, "the standby died");
         return LB_CLAIM_LOST;
     }
     if (!vouched && !yielded_unasked(b))

@@ -28,6 +28,7 @@ struct lb_guard {
     struct lb_lease lease;
     enum lb_verdict_on_us verdict;
     bool frozen, asking, yielding, switched_off, quit;
+    bool barred;              /* a claim was lost: no answer of the backup lets the guest go on */
     uint64_t lapsed_ns;       /* since when; 0: it has not */
     char trouble[256];
 };
@@ -104,7 +105,7 @@ static uint64_t look(struct lb_guard *g, bool *changed)
         g->lapsed_ns = now;
     else if (st != LB_LEASE_LAPSED)
         g->lapsed_ns = 0;
-    freeze(g, st == LB_LEASE_LAPSED);
+    freeze(g, st == LB_LEASE_LAPSED || g->barred);
     *changed = was != g->frozen;
     if (*changed)
         lb_log(LB_LOG_WARN, g->frozen ? "no answer in time: the guest is frozen until it is "
@@ -197,6 +198,23 @@ static bool nothing_to_claim(struct lb_guard *g)
     return !off && !lb_hv_exists(g->o.hv, &g->o.ident);
 }
 
+/* The witness gave the guest to the backup. Whether it came to run there only the backup knows: one that died
+ * first must not take the last copy with it. Until that is known nothing runs or speaks here. */
+static enum lb_verdict_on_us claim_lost(struct lb_guard *g)
+{
+    enum lb_verdict_on_us v;
+
+    pthread_mutex_lock(&g->mu);
+    g->barred = true;
+    gate(g, 0);
+    freeze(g, true);
+    pthread_mutex_unlock(&g->mu);
+    v = g->o.lost(g->o.arg);
+    if (v == LB_GUARD_THEIRS)
+        lost(g);
+    return v;
+}
+
 static enum lb_verdict_on_us claim(struct lb_guard *g)
 {
     struct lb_error err = LB_ERROR_INIT;
@@ -218,9 +236,7 @@ static enum lb_verdict_on_us claim(struct lb_guard *g)
     }
     lb_log(LB_LOG_WARN, "the witness says after %.1f ms: the guest is %s",
            (double)(lb_now_ns() - t) / 1e6, c == LB_CLAIM_WON ? "ours" : "the backup's");
-    if (c == LB_CLAIM_LOST)
-        lost(g);
-    return c == LB_CLAIM_WON ? LB_GUARD_OURS : LB_GUARD_THEIRS;
+    return c == LB_CLAIM_WON ? LB_GUARD_OURS : claim_lost(g);
 }
 
 static void *asker_main(void *arg)
@@ -313,7 +329,7 @@ void lb_guard_answered(struct lb_guard *g, uint64_t sent_ns)
     pthread_mutex_lock(&g->mu);
     if (g->verdict == LB_GUARD_OPEN) {
         lb_lease_answered(&g->lease, sent_ns, lb_now_ns());
-        if (!g->yielding)
+        if (!g->yielding && !g->barred)
             gate(g, g->lease.until_ns);
         if (g->frozen)
             wake(g);

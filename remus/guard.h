@@ -11,7 +11,9 @@
  *                              v   +----> ok <------+    (the claim goes on all the same: one that
  *                            asking                       has silently won is the end of protection)
  *                              |
- *               won: gate open for ever, guest runs      lost: guest killed      undecided: frozen
+ *               won: gate open for ever, guest runs      lost: guest barred      undecided: frozen
+ *                                                        | the backup is asked: does it run there?
+ *                                             it never will: as won    it does: guest killed
  *
  * All threads run with real-time priority when this host allows it. Functions may be called from any thread.
  */
@@ -44,6 +46,9 @@ struct lb_guard_opts {
     const struct lb_remus_record *rec; /* copied; nonce and revision are set and saved */
     uint32_t lease_ms;
     uint64_t since_ns;               /* first lease: before Armed was sent */
+    /* The claim is lost, the guest barred from running: what has become of it at the backup? OURS: it never ran
+     * there and never will; THEIRS; OPEN: not known yet, asked again. Asker thread, may take seconds. */
+    enum lb_verdict_on_us (*lost)(void *arg);
     void (*changed)(void *arg);      /* the verdict, the freezing: any of the threads */
     void *arg;
 };

@@ -9,6 +9,9 @@
 #include <stdarg.h>
 #include <string.h>
 
+#include "migrate/handover.h"
+
+#define CLAIM_LOST_NS UINT64_C(2000000000)
 #define TO LB_SM_TO
 #define FAIL (TO(P_FAILED) | TO(P_DECIDING))
 
@@ -97,6 +100,24 @@ void lb_prot_guard_changed(void *arg)
     pthread_mutex_lock(&p->mu);
     pthread_cond_broadcast(&p->cond);
     pthread_mutex_unlock(&p->mu);
+}
+
+/* The backup has the claim: did it come to run the guest? Its journal says so, and when it has not decided
+ * it never will run it after this. When it cannot be asked, a later protection says that it did. */
+enum lb_verdict_on_us lb_prot_claim_lost(void *arg)
+{
+    struct prot *p = arg;
+    struct lb_witness_state now;
+    struct lb_error err = LB_ERROR_INIT;
+    enum lb_verdict v;
+
+    if (!lb_handover_ask(p->base, p->backup, p->rec.id, p->entry.name, &v, &err))
+        return v == LB_VERDICT_RUNNING ? LB_GUARD_THEIRS : LB_GUARD_OURS;
+    if (!lb_witness_read(p->witness, p->rec.key, &now, lb_now_ns() + CLAIM_LOST_NS, NULL) &&
+        now.present && strcmp(now.id, p->rec.id))
+        return LB_GUARD_THEIRS;
+    lb_log_error(LB_LOG_WARN, &err);
+    return LB_GUARD_OPEN;
 }
 
 /* The watcher of cancel_fd, or the control reader at the end of the channel. */

@@ -133,6 +133,7 @@ void lb_prot_note(struct prot *p, const char *fmt, ...) LB_PRINTF(2, 3);
 /* Any thread: the backup is gone; ask who may run it, wake the engine. */
 void lb_prot_lost(struct prot *p, const struct lb_error *why);
 void lb_prot_guard_changed(void *prot);
+enum lb_verdict_on_us lb_prot_claim_lost(void *prot);
 /* mu held; until the deadline or a wake. */
 void lb_prot_wait(struct prot *p, uint64_t deadline_ns);
 

@@ -357,7 +357,8 @@ static int arm(struct prot *p, struct lb_error *err)
     struct lb_guard_opts g = {.chan = p->tx.chan, .vm = p->tx.vm, .hv = p->base->hv,
                               .ident = lb_entry_ident(&p->entry), .output = p->output,
                               .witness = p->witness, .rec = &p->rec, .lease_ms = p->opts.lease_ms,
-                              .changed = lb_prot_guard_changed, .arg = p};
+                              .lost = lb_prot_claim_lost, .changed = lb_prot_guard_changed,
+                              .arg = p};
     struct lb_guard *guard;
 
     lb_prot_move(p, P_ARM);

@@ -179,14 +179,20 @@ static enum verdict by_peer(struct rc *r, struct lb_error *err)
 
 static enum verdict by_claim(struct rc *r, struct lb_witness *w, struct lb_error *err)
 {
+    struct lb_witness_state now;
     enum lb_verdict v;
 
     switch (lb_witness_claim(w, &r->rec, lb_now_ns() + CLAIM_NS, err)) {
     case LB_CLAIM_WON:
         return OURS;
     case LB_CLAIM_LOST:
-        /* It won, and has it been able to run? One that could not has refused since. */
-        return !ask_peer(r, true, &v, NULL) && v == LB_VERDICT_REFUSED ? OURS : THEIRS;
+        /* It won, and has it been able to run? When it cannot say so, a later protection does. */
+        if (!ask_peer(r, false, &v, err))
+            return v == LB_VERDICT_RUNNING ? THEIRS : OURS;
+        if (!lb_witness_read(w, r->rec.key, &now, lb_now_ns() + CLAIM_NS, NULL) && now.present &&
+            strcmp(now.id, r->rec.id))
+            return THEIRS;
+        break;
     case LB_CLAIM_UNREACHABLE:
         break;
     }
@@ -412,10 +418,25 @@ static int finish(struct rc *r, struct lb_error *err)
     return 0;
 }
 
+/* The claim may have been won: the primary goes on, and wants to protect its VM again. */
+static void give_back(struct rc *r)
+{
+    struct lb_witness *w = NULL;
+    struct lb_error err = LB_ERROR_INIT;
+
+    if (r->rec.phase != LB_PH_PROMOTING)
+        return;
+    if (open_witness(r, LB_SIDE_BACKUP, &w, &err) ||
+        lb_witness_disarm(w, &r->rec, lb_now_ns() + CLAIM_NS, &err))
+        lb_log_error(LB_LOG_WARN, &err);
+    lb_witness_close(w);
+}
+
 static int discard(struct rc *r, struct lb_error *err)
 {
     if (lb_receiver_discard(r->env, &r->e, err))
         return -1;
+    give_back(r);
     lb_bk_forget(r->env->state_dir, r->e.name);
     say(r, "an unfinished standby was removed; it stays on host %s", r->rec.peer);
     return 0;

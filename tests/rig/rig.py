@@ -356,7 +356,7 @@ class Host(Namespace):
         """What a host does not remember when it has died: interfaces that its processes made, filters. The taps are new."""
         for link in json.loads(self.ip("-j", "-d", "link", "show")):
             if link.get("linkinfo", {}).get("info_kind") == "tun":
-                self.ip("link", "del", link["ifname"])
+                sh("ip", "-n", self.name, "link", "del", link["ifname"], check=False)  # it may go with its process just now
         taps, self.taps = self.taps, []
         for tap in taps:
             self.add_tap(tap)
