@@ -54,8 +54,9 @@ class TapStream:
 
     def __init__(self, host, tap="tap0"):
         self.times = []
-        self.sock = host.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
-        self.sock.bind((tap, 0x0800))
+        # All protocols: only those sockets are served before the hold and the bridge.
+        self.sock = host.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        self.sock.bind((tap, 3))
         self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
         self.sock.settimeout(0.2)
@@ -69,7 +70,8 @@ class TapStream:
                 data, ancillary, _, address = self.sock.recvmsg(64, 64)
             except socket.timeout:
                 continue
-            if address[2] == socket.PACKET_OUTGOING or data[9] != 17 or struct.unpack("!H", data[22:24])[0] != UDP_PORT:
+            if address[2] == socket.PACKET_OUTGOING or data[12:14] != b"\x08\0" or data[23] != 17 or \
+                    struct.unpack("!H", data[36:38])[0] != UDP_PORT:
                 continue
             seconds, nanoseconds = struct.unpack("qq", ancillary[0][2][:16])
             self.times.append(seconds + nanoseconds / 1e9)
