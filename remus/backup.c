@@ -114,14 +114,12 @@ static void supersede(struct lb_rx *r)
 {
     const char *dir = r->env->state_dir;
     uint64_t until = lb_now_ns() + SUPERSEDE_NS;
-    struct lb_remus_record old;
     struct lb_vm_entry e;
     struct lb_journal j = {0};
-    char key[LB_KEY_TEXT_BYTES];
 
-    lb_key_format(key, lb_chan_peer_key(r->chan));
+    /* By the entry: the record of one that is being removed is gone already. */
     if (lb_vm_entry_load(dir, r->entry.name, &e, NULL) || e.state != LB_VM_STANDBY ||
-        lb_record_load(dir, e.name, &old, NULL) || strcmp(old.peer_key, key))
+        strcmp(e.peer, r->peer))
         return;
     LB_AUTO_FD int lock = lb_journal_lock(dir, e.token, JOURNAL_LOCK_MS, NULL);
     if (lock < 0 || lb_journal_load(dir, e.token, &j, NULL) || j.state == LB_J_RUNNING)
