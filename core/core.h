@@ -247,4 +247,9 @@ int lb_parse_duration_ms(const char *s, uint64_t *ms, struct lb_error *err);
 /* "1Gbit", "100Mbit", "50MB" (bytes/s: suffix B), plain number = bytes/s. */
 int lb_parse_rate(const char *s, uint64_t *bytes_per_s, struct lb_error *err);
 
+/* LIFEBOAT_PAUSE_AT=STATE[:ms] in the environment of a session makes it wait at
+ * that point of its work (the fault matrix kills it there). Points: see
+ * the table in core/points.c. Creates FILE given by LIFEBOAT_PAUSE_FILE when there. */
+void lb_point(const char *name);
+
 #endif

@@ -9,8 +9,8 @@
  * stop and cont may be repeated, so that a failure path can always say cont.
  * The state changes only when the slot succeeded; `saving` alone ends with
  * save_end whatever its result, and a failure path calls save_end before cont.
- * destroy frees the handle even when it fails.  lb_hv_read, _write, _log_peek and
- * _freeze run on any thread and therefore check their arguments only, never the state. */
+ * destroy frees the handle even when it fails.  lb_hv_read, _write, _log_peek, _freeze
+ * and the lazy ones run on any thread and therefore check their arguments only, never the state. */
 #include "core/hv.h"
 
 #include <assert.h>
@@ -40,7 +40,9 @@ static void check_ops(const struct lb_hv_ops *ops)
     assert(ops->run && ops->announce);
     assert(ops->checkpoint_mode && ops->freeze && ops->nics && ops->nic_hold && ops->nic_unhold);
     assert(ops->disks && ops->disk_mirror && ops->disk_mirror_status && ops->disk_mirror_end);
+    assert(ops->disk_overlay && ops->disk_freeze && ops->disk_overlay_drop && ops->disk_join);
     assert(ops->clock_step);
+    assert(ops->lazy_begin && ops->lazy_attach && ops->lazy_fault && ops->lazy_place && ops->lazy_missing && ops->lazy_end);
     assert(ops->status && ops->shut_down && ops->ident && ops->exists && ops->end && ops->detach && ops->destroy);
 }
 
@@ -275,6 +277,33 @@ int lb_hv_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *
     return base->ops->disk_mirror_end(vm, id, err);
 }
 
+int lb_hv_disk_overlay(struct lb_hv_vm *vm, const char *id, const char *path, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->state == LB_HV_RUNNING && id && path);
+    return base->ops->disk_overlay(vm, id, path, err);
+}
+
+int lb_hv_disk_freeze(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->state == LB_HV_STOPPED && !base->saving);
+    return base->ops->disk_freeze(vm, err);
+}
+
+void lb_hv_disk_overlay_drop(struct lb_hv_vm *vm)
+{
+    ops_of(vm)->disk_overlay_drop(vm);
+}
+
+int lb_hv_disk_join(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
+                    int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,
+                    struct lb_error *err)
+{
+    assert(base_of(vm)->state == LB_HV_RUNNING && id && top && base);
+    return ops_of(vm)->disk_join(vm, id, top, base, tick, arg, err);
+}
+
 int lb_hv_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err)
 {
     struct lb_hv_vm_base *base = base_of(vm);
@@ -303,6 +332,56 @@ int lb_hv_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err)
 {
     assert(base_of(vm)->state == LB_HV_INCOMING);
     return ops_of(vm)->prepare_ram(vm, err);
+}
+
+int lb_hv_lazy_begin(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    assert(base_of(vm)->state == LB_HV_INCOMING);
+    return ops_of(vm)->lazy_begin(vm, err);
+}
+
+int lb_hv_lazy_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,
+                      struct lb_hv_vm **out, struct lb_error *err)
+{
+    check_ops(ops);
+    assert(ident && out);
+    struct lb_hv_vm *vm = NULL;
+    if (ops->lazy_attach(ident, &vm, err) < 0)
+        return -1;
+    struct lb_hv_vm_base *base = (struct lb_hv_vm_base *)vm;
+    base->ops = ops;
+    base->state = LB_HV_LOADED; /* run may be said again */
+    base->logging = false;
+    base->saving = false;
+    *out = vm;
+    return 0;
+}
+
+int lb_hv_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_ram_block **blk,
+                     uint64_t *page, struct lb_error *err)
+{
+    assert(blk && page);
+    return ops_of(vm)->lazy_fault(vm, timeout_ms, blk, page, err);
+}
+
+int lb_hv_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                     const void *buf, uint64_t *placed, struct lb_error *err)
+{
+    check_pages(blk, first, n);
+    return ops_of(vm)->lazy_place(vm, blk, first, n, buf, placed, err);
+}
+
+int lb_hv_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                       struct lb_error *err)
+{
+    check_bitmap(blk, pages);
+    return ops_of(vm)->lazy_missing(vm, blk, pages, err);
+}
+
+int lb_hv_lazy_end(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    assert(!base_of(vm)->logging);
+    return ops_of(vm)->lazy_end(vm, err);
 }
 
 int lb_hv_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
@@ -399,6 +478,7 @@ void lb_vm_desc_free(struct lb_vm_desc *d)
         free(d->disks[i].id);
         free(d->disks[i].path);
         free(d->disks[i].format);
+        free(d->disks[i].argv_path);
     }
     free(d->disks);
     lb_strv_free(d->features);

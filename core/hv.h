@@ -14,11 +14,15 @@
  *             -> run -> announce -> detach            or destroy at any earlier point
  * Life of a protected VM (remus/)
  *      as a source, then checkpoint_mode -> { stop -> save_begin -> log_clean, copy -> save_end -> cont }*
+ * Life of a receiver whose memory comes when it is touched (checkpoint/)
+ *      launch -> blocks -> lazy_begin -> place device blocks -> load_state (while a thread serves faults)
+ *             -> run -> { lazy_fault, lazy_place }* -> lazy_end -> detach
  *
  * Every slot is mandatory.  Slots are called only through the lb_hv_* wrappers
  * below, which check the state, from one thread at a time per VM (the engine
  * thread of the session) - except lb_hv_read, lb_hv_read_pages, lb_hv_write,
- * lb_hv_log_peek and lb_hv_freeze, which any thread may call concurrently.
+ * lb_hv_log_peek, lb_hv_freeze, lb_hv_lazy_fault, lb_hv_lazy_place and lb_hv_lazy_missing,
+ * which any thread may call concurrently.
  */
 #ifndef LB_HV_H
 #define LB_HV_H
@@ -58,10 +62,12 @@ struct lb_vm_ident {
 
 struct lb_disk_desc {
     char *id;          /* device or node name */
-    char *path;        /* file name as the hypervisor reports it */
+    char *path;        /* file name as the hypervisor reports it: what the guest writes to now */
     char *format;
     bool read_only;
     bool shareable;    /* share-rw / locking off */
+    char *argv_path;   /* by which the command line knows it; differs from path when the image was
+                          replaced while the VM ran (overlay, mirror). NULL or "": as path */
 };
 
 /* What a VM is: everything preflight and the launch of a receiver need.
@@ -90,6 +96,7 @@ void lb_vm_desc_free(struct lb_vm_desc *d);
 
 /* How a receiver is launched on this host: from the host's configuration. */
 struct lb_path_map { char *from, *to; };          /* prefix replacement */
+struct lb_disk_map { char *argv_path, *path, *format; };
 struct lb_launch_opts {
     const char *name;
     const char *run_dir;             /* private directory of this VM: qmp.sock, log */
@@ -98,6 +105,17 @@ struct lb_launch_opts {
     unsigned n_paths;
     const struct lb_path_map *taps;  /* whole-name replacement of ifname= */
     unsigned n_taps;
+    /* Disks whose image is another one than the command line says (an overlay took its place, or a
+     * clone has its own): by the file name on the command line. After `paths`. */
+    const struct lb_disk_map *disks;
+    unsigned n_disks;
+    /* Another machine from the same state: what the next boot of the guest should see. NULL/"": as is. */
+    const char *new_name;            /* of the VM: -name */
+    const char *new_uuid;
+    const char *mac_seed;            /* new MACs (locally administered), a function of this and the old one */
+    /* Main memory as a private view of this memfd (which has exactly its size): absent pages are the
+     * memfd's, writes are the VM's own. 0: memory of its own. The caller may close it after launch. */
+    int shared_memory_fd;
 };
 
 /* ---- what checkpointing needs (remus/) */
@@ -210,6 +228,23 @@ struct lb_hv_ops {
                               struct lb_mirror_status *out, struct lb_error *err);
     /* End it and forget the export; failed or never begun is success. */
     int (*disk_mirror_end)(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+    /* ---- disks that keep a moment (source) ---- */
+    /* Make a disk ready to be frozen: an empty qcow2 image at `path` (made here; must not exist) whose
+     * backing file is the disk's present image. Guest running; tens of ms. The command line user of
+     * the VM must be able to write it: it gets the owner of the image. LB_E_UNSUPPORTED with the remedy
+     * when the disk cannot have an overlay. */
+    int (*disk_overlay)(struct lb_hv_vm *vm, const char *id, const char *path, struct lb_error *err);
+    /* While stopped: from now on the guest writes to the overlays made ready, all of them or (on
+     * error) none; what was the image of each disk is frozen. */
+    int (*disk_freeze)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* Forget the overlays made ready and not used, and their files. */
+    void (*disk_overlay_drop)(struct lb_hv_vm *vm);
+    /* Join two images of a disk's chain while the guest runs: what is in `top` goes into its backing file
+     * `base`, then whoever stood on top stands on base. Blocks (progress by `tick`, -1 cancels: the chain stays as
+     * it is and valid). The file `top` is left to the caller. */
+    int (*disk_join)(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
+                     int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,
+                     struct lb_error *err);
     /* Set the guest's paravirtual clock forward by *step_ns, but not further than it has fallen
      * behind since checkpoint_mode(on); *step_ns becomes what was done. A pause as the caller sees
      * it is longer than what the guest lost. Guest running (KVM; LB_E_UNSUPPORTED elsewhere). */
@@ -223,6 +258,26 @@ struct lb_hv_ops {
     /* Make main RAM read as zeros everywhere (drop what launch put there) and get
      * it ready for fast placing. Once, before the first page. */
     int (*prepare_ram)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* Instead of prepare_ram: main memory is empty, and whoever touches a page of it waits until it is
+     * placed. LB_E_UNSUPPORTED: not here (use prepare_ram; nothing has changed). The guest goes on waiting when our
+     * process dies (QEMU holds the userfaultfd too). After Xen's memory paging (xenpaging): evict, populate. */
+    int (*lazy_begin)(struct lb_hv_vm *vm, struct lb_error *err);
+    /* The same on a handle from attach: another process began it and died. Wakes whoever waits. LB_E_NOT_FOUND: nothing
+     * is missing (it had ended). The guest may be running, waiting or not yet started; QMP may not answer while it waits:
+     * this needs none, and the handle has none before run or lazy_end asks for it. */
+    int (*lazy_attach)(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err);
+    /* Next page that somebody waits for: 1; 0 when there was none within timeout_ms. A page may come twice. */
+    int (*lazy_fault)(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_ram_block **blk,
+                      uint64_t *page, struct lb_error *err);
+    /* Place pages that are missing and wake who waits for them; pages that are there stay as they are. buf NULL:
+     * zeros. *placed (may be NULL): how many. Any thread. */
+    int (*lazy_place)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first,
+                      uint64_t n, const void *buf, uint64_t *placed, struct lb_error *err);
+    /* Set the bits of the pages that are missing. */
+    int (*lazy_missing)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                        struct lb_error *err);
+    /* Nothing is missing any more: the memory is ordinary from now on, also for the dirty log. */
+    int (*lazy_end)(struct lb_hv_vm *vm, struct lb_error *err);
     /* Place pages. For blocks without a map. Any thread. */
     int (*write)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                  uint64_t n_pages, const void *buf, struct lb_error *err);
@@ -298,10 +353,26 @@ int lb_hv_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_socke
 int lb_hv_disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
                              struct lb_mirror_status *out, struct lb_error *err);
 int lb_hv_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+int lb_hv_disk_overlay(struct lb_hv_vm *vm, const char *id, const char *path, struct lb_error *err);
+int lb_hv_disk_freeze(struct lb_hv_vm *vm, struct lb_error *err);
+void lb_hv_disk_overlay_drop(struct lb_hv_vm *vm);
+int lb_hv_disk_join(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
+                    int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,
+                    struct lb_error *err);
 int lb_hv_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err);
 int lb_hv_launch(const struct lb_hv_ops *ops, const struct lb_vm_desc *desc,
                  const struct lb_launch_opts *opts, struct lb_hv_vm **out, struct lb_error *err);
 int lb_hv_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_lazy_begin(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_hv_lazy_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,
+                      struct lb_hv_vm **out, struct lb_error *err);
+int lb_hv_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_ram_block **blk,
+                     uint64_t *page, struct lb_error *err);
+int lb_hv_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                     const void *buf, uint64_t *placed, struct lb_error *err);
+int lb_hv_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                       struct lb_error *err);
+int lb_hv_lazy_end(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_hv_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                 uint64_t n_pages, const void *buf, struct lb_error *err);
 int lb_hv_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, struct lb_error *err);

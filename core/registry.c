@@ -26,7 +26,9 @@ static const char *const state_names[] = {
     [LB_VM_RUNNING] = "running",         [LB_VM_MIGRATING_OUT] = "migrating-out",
     [LB_VM_INCOMING] = "incoming",       [LB_VM_HANDED_OVER] = "handed-over",
     [LB_VM_DEAD] = "dead",               [LB_VM_PROTECTED] = "protected",
-    [LB_VM_STANDBY] = "standby",
+    [LB_VM_STANDBY] = "standby",         [LB_VM_CHECKPOINTING] = "checkpointing",
+    [LB_VM_SUSPENDED] = "suspended",     [LB_VM_RESTORING] = "restoring",
+    [LB_VM_FILLING] = "filling",
 };
 
 const char *lb_vm_state_name(enum lb_vm_state s)
@@ -143,6 +145,9 @@ static const char *parse_entry(const json_t *o, const char *name, struct lb_vm_e
         return "a time is missing or wrong";
     if (get_string(o, "note", e->note, sizeof(e->note)))
         return "\"note\" is missing or wrong";
+    e->checkpoint[0] = 0; /* absent in entries of older versions */
+    if (json_object_get(o, "checkpoint") && get_string(o, "checkpoint", e->checkpoint, sizeof(e->checkpoint)))
+        return "\"checkpoint\" is wrong";
     return NULL;
 }
 
@@ -220,6 +225,7 @@ int lb_vm_entry_save(const char *state_dir, const struct lb_vm_entry *e, struct 
                         json_integer((json_int_t)(e->created_ms ? e->created_ms : now)));
     json_object_set_new(o, "changed_ms", json_integer((json_int_t)now));
     json_object_set_new(o, "note", text_of(e->note));
+    json_object_set_new(o, "checkpoint", text_of(e->checkpoint));
     text = json_dumps(o, JSON_INDENT(2));
     json_decref(o);
     if (!text)

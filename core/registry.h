@@ -6,6 +6,8 @@
  *   vms/NAME/vm.json                 one registry entry; written atomically
  *   vms/NAME/remus.json              protection: which side we are, who else (remus/record.h)
  *   vms/NAME/protect.json            that it is to be protected, and how (remus/record.h)
+ *   vms/NAME/schedule.json            how often to take checkpoints (checkpoint/checkpoint.h)
+ *   checkpoints/VM/...               checkpoints (checkpoint/catalog.h)
  *   vms/NAME/lock                    locked by the session that works on the VM
  *   vms/NAME/{qmp.sock,qemu.log,...} private directory of the VM ("run_dir")
  *   handover/TOKEN.json, TOKEN.lock  hand-over journals (migrate/journal.h)
@@ -30,6 +32,10 @@ enum lb_vm_state {
     LB_VM_DEAD,             /* the process is gone */
     LB_VM_PROTECTED,        /* runs here, a backup follows it: vms/NAME/remus.json (remus/record.h) */
     LB_VM_STANDBY,          /* the backup of a VM that runs elsewhere: not a VM yet */
+    LB_VM_CHECKPOINTING,    /* a session takes a checkpoint or suspends it; ours, perhaps paused */
+    LB_VM_SUSPENDED,        /* no process: the file `checkpoint` is the VM */
+    LB_VM_RESTORING,        /* receiver, fed from `checkpoint`: not a VM yet */
+    LB_VM_FILLING,          /* runs here; its memory still comes from `checkpoint` */
 };
 const char *lb_vm_state_name(enum lb_vm_state s);
 int lb_vm_state_parse(const char *name, enum lb_vm_state *out);
@@ -45,6 +51,7 @@ struct lb_vm_entry {
     char peer[128];          /* host name of the other side; "" otherwise */
     uint64_t created_ms, changed_ms;  /* wall clock */
     char note[256];          /* last remarkable thing, for status */
+    char checkpoint[160];    /* "VM@7" (checkpoint/catalog.h) of the last four states, or the last one taken; "" */
 };
 
 bool lb_vm_name_valid(const char *name);

@@ -16,6 +16,9 @@
  *   witness = etcd:http://w1:2379,http://w2:2379   # defaults of protect
  *   backup = hostB, hostC
  *   lease = 200ms
+ *   checkpoint-dir = /srv/lifeboat        # default: STATE_DIR/checkpoints
+ *   checkpoint-key = /etc/lifeboat/ckpt.key   # encrypt every checkpoint of this host with it
+ *   checkpoint-level = 1                  # zstd
  */
 #ifndef LB_CONFIG_H
 #define LB_CONFIG_H
@@ -37,6 +40,9 @@ struct lb_host_config {
     char witness[1024];              /* "": none; else as lb_witness_open takes it */
     char backup[1024];               /* names of hosts, separated by commas; "": none */
     uint32_t lease_ms;               /* 0: LB_LEASE_MS (remus/lease.h) */
+    char checkpoint_dir[512];        /* "": STATE_DIR/checkpoints */
+    char checkpoint_key[512];        /* "": not encrypted unless asked */
+    int checkpoint_level;            /* 0: 1 */
 };
 #define LB_LEASE_LOWEST_MS 50u
 #define LB_LEASE_HIGHEST_MS 60000u

@@ -354,6 +354,11 @@ int lb_recover_vm(const struct lb_session_env *env, const char *vm_name, char te
     case LB_VM_PROTECTED:
     case LB_VM_STANDBY:
         break; /* lb_remus_recover */
+    case LB_VM_CHECKPOINTING:
+    case LB_VM_SUSPENDED:
+    case LB_VM_RESTORING:
+    case LB_VM_FILLING:
+        break; /* lb_ckpt_recover */
     }
     return lb_fail(err, LB_E_INTERNAL, "VM %s is %s: not a matter of migration", e.name,
                    lb_vm_state_name(e.state));

@@ -136,9 +136,4 @@ char *lb_progress_json(const struct lb_progress *p);
 struct lb_vm_ident lb_entry_ident(const struct lb_vm_entry *e);
 void lb_host_address(const struct lb_host *h, char host[256], uint16_t *port);
 
-/* LIFEBOAT_PAUSE_AT=STATE[:ms] in the environment of a session makes it wait at
- * that point of the hand-over (the fault matrix kills it there). Points: see
- * the table in migrate/points.c. Creates FILE given by LIFEBOAT_PAUSE_FILE when there. */
-void lb_point(const char *name);
-
 #endif

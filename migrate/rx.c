@@ -6,7 +6,7 @@
  */
 #include "migrate/rx.h"
 
-#include "migrate/desc_proto.h"
+#include "netproto/desc_proto.h"
 #include "migrate/migrate_internal.h"
 
 #include <string.h>

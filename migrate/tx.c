@@ -8,7 +8,7 @@
  */
 #include "migrate/tx.h"
 
-#include "migrate/desc_proto.h"
+#include "netproto/desc_proto.h"
 #include "migrate/migrate_internal.h"
 
 #include <errno.h>

@@ -70,9 +70,13 @@ void lb_daemon_scan(struct daemon *d)
         case LB_VM_HANDED_OVER:
         case LB_VM_PROTECTED:
         case LB_VM_STANDBY:
+        case LB_VM_CHECKPOINTING:
+        case LB_VM_RESTORING:
+        case LB_VM_FILLING:
             lb_recover_scan(d, &v[i]);
             break;
         case LB_VM_DEAD:
+        case LB_VM_SUSPENDED:
             break;
         }
     }

@@ -101,6 +101,21 @@ int lb_fake_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_soc
 int lb_fake_disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
                                struct lb_mirror_status *out, struct lb_error *err);
 int lb_fake_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+int lb_fake_disk_overlay(struct lb_hv_vm *vm, const char *id, const char *path, struct lb_error *err);
+int lb_fake_disk_freeze(struct lb_hv_vm *vm, struct lb_error *err);
+void lb_fake_disk_overlay_drop(struct lb_hv_vm *vm);
+int lb_fake_disk_join(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
+                      int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,
+                      struct lb_error *err);
+int lb_fake_lazy_begin(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_fake_lazy_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err);
+int lb_fake_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_ram_block **blk,
+                       uint64_t *page, struct lb_error *err);
+int lb_fake_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                       const void *buf, uint64_t *placed, struct lb_error *err);
+int lb_fake_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                         struct lb_error *err);
+int lb_fake_lazy_end(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_fake_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err);
 
 #endif

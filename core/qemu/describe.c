@@ -225,7 +225,7 @@ static void add_disk(struct look *l, const char *id, const char *path, const cha
     d->disks = lb_realloc(d->disks, (d->n_disks + 1) * sizeof(*d->disks));
     d->disks[d->n_disks++] = (struct lb_disk_desc){lb_strdup(id ? id : ""), lb_strdup(path),
                                                    lb_strdup(format ? format : ""), read_only,
-                                                   shareable};
+                                                   shareable, NULL};
 }
 
 static void look_at_disks(struct look *l)

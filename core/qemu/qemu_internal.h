@@ -14,6 +14,8 @@
  *   throttle.c    less CPU for the guest
  *   net.c         network cards: what they are connected to; holding what they send
  *   disk.c        disks, and copying them while they are written
+ *   overlay.c     disks that keep a moment: overlays, freezing, joining
+ *   lazy.c        memory that comes when it is touched
  *   clock.c       the guest's paravirtual clock (KVM)
  */
 #ifndef LB_QEMU_INTERNAL_H
@@ -257,6 +259,26 @@ void lb_qemu_mirror_event(struct lb_hv_vm *vm, const char *event, const json_t *
 void lb_qemu_mirrors_free(struct lb_hv_vm *vm);
 /* Does the device say that others may write its disk too? qdev: QOM path or id, may be NULL. */
 bool lb_qemu_share_rw(struct lb_hv_vm *vm, const char *qdev);
+
+/* --------------------------------------------------------------- overlay.c */
+int lb_qemu_disk_overlay(struct lb_hv_vm *vm, const char *id, const char *path, struct lb_error *err);
+int lb_qemu_disk_freeze(struct lb_hv_vm *vm, struct lb_error *err);
+void lb_qemu_disk_overlay_drop(struct lb_hv_vm *vm);
+int lb_qemu_disk_join(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
+                      int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,
+                      struct lb_error *err);
+
+/* ------------------------------------------------------------------ lazy.c */
+int lb_qemu_lazy_begin(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_qemu_lazy_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err);
+int lb_qemu_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_ram_block **blk,
+                       uint64_t *page, struct lb_error *err);
+int lb_qemu_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                       const void *buf, uint64_t *placed, struct lb_error *err);
+int lb_qemu_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                         struct lb_error *err);
+int lb_qemu_lazy_end(struct lb_hv_vm *vm, struct lb_error *err);
+void lb_qemu_lazy_close(struct lb_hv_vm *vm);
 
 /* ----------------------------------------------------------------- clock.c */
 int lb_qemu_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err);

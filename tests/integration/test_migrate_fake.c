@@ -20,7 +20,7 @@
 #include <sys/socket.h>
 
 #include "core/fake/fake.h"
-#include "migrate/desc_proto.h"
+#include "netproto/desc_proto.h"
 #include "migrate/journal.h"
 #include "migrate/migrate_internal.h"
 #include "netproto/netproto.h"

@@ -387,6 +387,7 @@ class Fleet(Rig):
 
     def stop_vm(self, name):
         """Ends a VM wherever it is."""
+        wait_for(lambda: self.where(name), 10, "VM %s runs somewhere" % name)  # a protection may still be ending
         for role in self.where(name):
             self.daemons[role].cli("stop", name, "--force")
         wait_for(lambda: not any(self.qemus().values()), 10, "QEMU gone after stop")

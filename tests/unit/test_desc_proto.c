@@ -7,7 +7,7 @@
 #include <cmocka.h>
 #include <string.h>
 
-#include "migrate/desc_proto.h"
+#include "netproto/desc_proto.h"
 
 static char **strv(const char *const *v)
 {
@@ -45,8 +45,8 @@ static struct lb_vm_desc sample(void)
     };
     d.disks = lb_alloc(2 * sizeof(*d.disks));
     d.disks[0] = (struct lb_disk_desc){lb_strdup("d0"), lb_strdup("/srv/a.qcow2"),
-                                       lb_strdup("qcow2"), false, true};
-    d.disks[1] = (struct lb_disk_desc){lb_strdup("d1"), lb_strdup("/srv/b.iso"), NULL, true, false};
+                                       lb_strdup("qcow2"), false, true, lb_strdup("/srv/old.img")};
+    d.disks[1] = (struct lb_disk_desc){lb_strdup("d1"), lb_strdup("/srv/b.iso"), NULL, true, false, NULL};
     return d;
 }
 
@@ -104,6 +104,7 @@ static void test_round_trip(void **s)
     assert_string_equal(back.disks[0].format, "qcow2");
     assert_false(back.disks[0].read_only);
     assert_true(back.disks[0].shareable);
+    assert_string_equal(back.disks[0].argv_path, "/srv/old.img");
     assert_true(back.disks[1].read_only);
     assert_string_equal(back.disks[1].format, "");
     same_list(back.features, d.features);

@@ -1,4 +1,4 @@
-/* migrate/points.c - places at which a test can stop a session and kill it.
+/* core/points.c - places at which a test can stop a session and kill it.
  *
  *   LIFEBOAT_PAUSE_AT=NAME       wait here until killed
  *   LIFEBOAT_PAUSE_AT=NAME:MS    wait here for MS milliseconds, then go on
@@ -32,10 +32,18 @@
  *   pr-yield       record YIELDED                 pr-yielded       Yielded sent
  *   pr-fenced      record FENCED
  *
+ *   checkpoints (checkpoint/)
+ *   take-opened    nothing touched yet            restore-launched  receiver started
+ *   take-copied    rounds done, still running     restore-loaded    state loaded, paused
+ *   take-paused    guest stopped                  restore-decided   entry FILLING or RUNNING
+ *   take-written   all in the temporary file      fill-begun        it runs, nothing filled
+ *   take-committed the file has its name          fill-half         half of it is there
+ *   suspend-decided entry SUSPENDED
+ *
  * Without the variable a point costs one getenv, and points are a handful per
  * migration.  A value that is not understood is logged and ignored: a session
  * must never hang because of a mistyped variable. */
-#include "migrate/migrate.h"
+#include "core/core.h"
 
 #include <errno.h>
 #include <fcntl.h>

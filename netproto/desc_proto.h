@@ -1,5 +1,5 @@
 /*
- * migrate/desc_proto.h - struct lb_vm_desc <-> protobuf VmDescription.
+ * netproto/desc_proto.h - struct lb_vm_desc <-> protobuf VmDescription.
  *
  * What a peer sends becomes file names, a command line and log lines here, so
  * every count and length has a hard maximum, and every text must be UTF-8

@@ -1,8 +1,8 @@
-/* migrate/desc_proto.c - descriptions on the wire; see desc_proto.h.
+/* netproto/desc_proto.c - descriptions on the wire; see desc_proto.h.
  *
  * Both directions check the protobuf form: one list of rules, applied to what is
  * sent and to what was received. */
-#include "migrate/desc_proto.h"
+#include "netproto/desc_proto.h"
 
 #include <limits.h>
 #include <string.h>
@@ -87,7 +87,8 @@ static int check_disks(const Lb__VmDescription *p, struct lb_error *err)
         const Lb__Disk *k = p->disks[i];
         if (check_text("a disk's id", k->id, 256, err) < 0 ||
             check_text("a disk's path", k->path, PATH_MAX, err) < 0 ||
-            check_text("a disk's format", k->format, 64, err) < 0)
+            check_text("a disk's format", k->format, 64, err) < 0 ||
+            check_text("a disk's first path", k->argv_path, PATH_MAX, err) < 0)
             return -1;
     }
     return 0;
@@ -175,6 +176,7 @@ static void disks_to_proto(const struct lb_vm_desc *d, Lb__VmDescription *p)
         k->format = text_or_empty(d->disks[i].format);
         k->read_only = d->disks[i].read_only;
         k->shareable = d->disks[i].shareable;
+        k->argv_path = text_or_empty(d->disks[i].argv_path);
     }
 }
 
@@ -258,6 +260,7 @@ int lb_desc_from_proto(const Lb__VmDescription *p, struct lb_vm_desc *out, struc
             .format = lb_strdup(k->format),
             .read_only = k->read_only,
             .shareable = k->shareable,
+            .argv_path = lb_strdup(k->argv_path),
         };
     }
     *out = d;
