@@ -135,9 +135,11 @@ def cost_case(cluster, case, rates, seconds):
             cluster.da.cli("unprotect", name, timeout_s=60)
             results.append(cost(case, rate, plain, measured, status, stream))
             print_cost(results[-1])
+        cluster.stop_vm(name)
+    except RigError as error:
+        raise RigError("%s: %s\n%s" % (case, error, cluster.all_logs()))
     finally:
         stream.stop()
-        cluster.stop_vm(name)
     return results
 
 
