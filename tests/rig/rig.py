@@ -490,12 +490,12 @@ class UdpGap(Observer):
 class RedisLoad(Observer):
     """One connection that streams INCR and SET, from the client; preload: all keys are set before it begins."""
 
-    def __init__(self, namespace, host=GUEST_IP, rate=0, value_bytes=100, keys=1000, preload=False):
+    def __init__(self, namespace, host=GUEST_IP, rate=0, value_bytes=100, keys=1000, preload=False, prefix="lb"):
         super().__init__(namespace, [os.path.join(TOOLS, "redisload"), "--host", host, "--rate", str(rate), "--value-bytes",
-                                     str(value_bytes), "--keys", str(keys)] + (["--preload"] if preload else []))
+                                     str(value_bytes), "--keys", str(keys), "--prefix", prefix] + (["--preload"] if preload else []))
 
     def wait_flowing(self, timeout_s=30):
-        wait_for(lambda: any(line.get("requests", 0) > 10 for line in self.snapshot()), timeout_s, "answers of Redis")
+        wait_for(lambda: sum(line.get("requests", 0) for line in self.snapshot()) > 10, timeout_s, "answers of Redis")
 
 
 class IncrLoad(Observer):

@@ -9,9 +9,10 @@
  * SETs walk the keys in an order that jumps about, so they touch memory all over the data set.
  *
  * redisload --host IP [--port 6379] [--seconds S] [--until-file PATH] [--rate PER_SECOND] [--value-bytes 100] [--keys 1000]
- *           [--preload] [--connect-timeout S] [--timeout S] [--stream] [--out FILE]
+ *           [--prefix lb] [--preload] [--connect-timeout S] [--timeout S] [--stream] [--out FILE]
  *   ends on SIGTERM or SIGINT, after S seconds or when PATH exists, and writes one JSON object to FILE (or stdout). Exits 0
  *   when no request was lost and the connection was kept, 1 when not, 2 on wrong usage or when it never got connected.
+ *   --prefix: of the names of keys and counter, for several clients at once.
  *   --preload sets every key once before the load begins (and before its time and figures are counted).
  *   --stream writes one line a 100 ms to stdout: {"now":..,"requests":..,"max_ms":..} (of that interval).
  */
@@ -38,7 +39,7 @@
 #define PRELOAD_WINDOW_BYTES (256u << 10) /* unanswered requests at most */
 
 struct load {
-    const char *host;
+    const char *host, *prefix;
     unsigned port;
     unsigned value_bytes, keys;
     double connect_timeout_s, timeout_s;
@@ -240,10 +241,10 @@ static uint64_t key_of(const struct load *load, uint64_t round)
 }
 
 /* Appends a SET; returns its length. room: of out. */
-static int put_set(char *out, size_t room, uint64_t number, const char *value)
+static int put_set(char *out, size_t room, const char *prefix, uint64_t number, const char *value)
 {
     char key[32];
-    int key_length = snprintf(key, sizeof(key), "lb:%" PRIu64, number);
+    int key_length = snprintf(key, sizeof(key), "%s:%" PRIu64, prefix, number);
 
     return snprintf(out, room, "*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%zu\r\n%s\r\n", key_length, key, strlen(value), value);
 }
@@ -260,7 +261,7 @@ static bool preload(struct load *load)
 
         while (done < load->keys && used + MAX_VALUE_BYTES + 256 < sizeof(requests)) {
             make_value(load, value, done);
-            used += (size_t)put_set(requests + used, sizeof(requests) - used, key_of(load, done), value);
+            used += (size_t)put_set(requests + used, sizeof(requests) - used, load->prefix, key_of(load, done), value);
             done++;
             want += 5; /* "+OK\r\n" */
         }
@@ -298,7 +299,7 @@ static bool one_round(struct load *load, uint64_t round)
     char expected[32], key[32];
     int length;
 
-    length = snprintf(request, sizeof(request), "*2\r\n$4\r\nINCR\r\n$10\r\nlb:counter\r\n");
+    length = snprintf(request, sizeof(request), "*2\r\n$4\r\nINCR\r\n$%zu\r\n%s:counter\r\n", strlen(load->prefix) + 8, load->prefix);
     load->incr++;
     if (!ask(load, request, (size_t)length)) {
         return false;
@@ -314,7 +315,7 @@ static bool one_round(struct load *load, uint64_t round)
     }
 
     make_value(load, value, round);
-    length = put_set(request, sizeof(request), key_of(load, round), value);
+    length = put_set(request, sizeof(request), load->prefix, key_of(load, round), value);
     load->set++;
     if (!ask(load, request, (size_t)length)) {
         return false;
@@ -326,7 +327,7 @@ static bool one_round(struct load *load, uint64_t round)
     if (round % 8 == 7 && load->keys > 5) {
         uint64_t before = round - 5;
         make_value(load, value, before);
-        int key_length = snprintf(key, sizeof(key), "lb:%" PRIu64, key_of(load, before));
+        int key_length = snprintf(key, sizeof(key), "%s:%" PRIu64, load->prefix, key_of(load, before));
         length = snprintf(request, sizeof(request), "*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n", key_length, key);
         load->get++;
         if (!ask(load, request, (size_t)length)) {
@@ -341,10 +342,12 @@ static bool one_round(struct load *load, uint64_t round)
 
 static bool reset_counter(struct load *load)
 {
-    static const char request[] = "*3\r\n$3\r\nSET\r\n$10\r\nlb:counter\r\n$1\r\n0\r\n";
+    char request[128];
+    int length = snprintf(request, sizeof(request), "*3\r\n$3\r\nSET\r\n$%zu\r\n%s:counter\r\n$1\r\n0\r\n", strlen(load->prefix) + 8,
+                          load->prefix);
 
     load->counter = 0;
-    if (!ask(load, request, sizeof(request) - 1)) {
+    if (!ask(load, request, (size_t)length)) {
         return false;
     }
     return strcmp(load->reply, "+OK") == 0;
@@ -390,6 +393,7 @@ int main(int argc, char **argv)
                                             {"rate", required_argument, NULL, 'r'},
                                             {"value-bytes", required_argument, NULL, 'v'},
                                             {"keys", required_argument, NULL, 'k'},
+                                            {"prefix", required_argument, NULL, 'x'},
                                             {"preload", no_argument, NULL, 'l'},
                                             {"connect-timeout", required_argument, NULL, 'c'},
                                             {"timeout", required_argument, NULL, 'i'},
@@ -397,7 +401,7 @@ int main(int argc, char **argv)
                                             {"out", required_argument, NULL, 'o'},
                                             {NULL, 0, NULL, 0}};
     static struct load load = {
-        .port = 6379, .value_bytes = 100, .keys = 1000, .connect_timeout_s = 30, .timeout_s = 30, .fd = -1};
+        .port = 6379, .prefix = "lb", .value_bytes = 100, .keys = 1000, .connect_timeout_s = 30, .timeout_s = 30, .fd = -1};
     const char *until = NULL, *path = NULL;
     double seconds = 0, rate = 0;
     bool stream = false, fill = false;
@@ -412,6 +416,7 @@ int main(int argc, char **argv)
         case 'r': rate = strtod(optarg, NULL); break;
         case 'v': load.value_bytes = (unsigned)strtoul(optarg, NULL, 10); break;
         case 'k': load.keys = (unsigned)strtoul(optarg, NULL, 10); break;
+        case 'x': load.prefix = optarg; break;
         case 'l': fill = true; break;
         case 'c': load.connect_timeout_s = strtod(optarg, NULL); break;
         case 'i': load.timeout_s = strtod(optarg, NULL); break;
@@ -421,8 +426,9 @@ int main(int argc, char **argv)
         }
     }
     if (load.host == NULL || load.value_bytes > MAX_VALUE_BYTES || load.keys == 0 ||
-        load.keys % KEY_STEP == 0) {
-        fprintf(stderr, "redisload: --host is needed, --value-bytes at most %u, --keys at least 1\n", MAX_VALUE_BYTES);
+        load.keys % KEY_STEP == 0 || strlen(load.prefix) > 8) {
+        fprintf(stderr, "redisload: --host is needed, --value-bytes at most %u, --keys at least 1, --prefix at most 8 bytes\n",
+                MAX_VALUE_BYTES);
         return 2;
     }
     struct sigaction action = {.sa_handler = on_signal};
