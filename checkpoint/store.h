@@ -59,6 +59,7 @@ struct lb_ckpt_meta {
     uint32_t number;                 /* NAME@NUMBER; 0: NAME@suspend */
     bool suspend;                    /* the VM ended with it */
     bool no_disk;                    /* taken without its disks */
+    bool paused;                     /* the operator had paused the guest: it comes back paused */
     uint64_t created_ms;             /* wall clock, when the guest was paused */
     double pause_ms;                 /* of the guest; 0 for a suspend */
     struct lb_vm_desc desc;

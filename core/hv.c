@@ -280,7 +280,7 @@ int lb_hv_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error *
 int lb_hv_disk_overlay(struct lb_hv_vm *vm, const char *id, const char *path, struct lb_error *err)
 {
     struct lb_hv_vm_base *base = base_of(vm);
-    assert(base->state == LB_HV_RUNNING && id && path);
+    assert(is_source(base) && !base->saving && id && path);
     return base->ops->disk_overlay(vm, id, path, err);
 }
 
@@ -300,7 +300,7 @@ int lb_hv_disk_join(struct lb_hv_vm *vm, const char *id, const char *top, const 
                     int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,
                     struct lb_error *err)
 {
-    assert(base_of(vm)->state == LB_HV_RUNNING && id && top && base);
+    assert(is_source(base_of(vm)) && !base_of(vm)->saving && id && top && base);
     return ops_of(vm)->disk_join(vm, id, top, base, tick, arg, err);
 }
 

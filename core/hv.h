@@ -230,16 +230,17 @@ struct lb_hv_ops {
     int (*disk_mirror_end)(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
     /* ---- disks that keep a moment (source) ---- */
     /* Make a disk ready to be frozen: an empty qcow2 image at `path` (made here; must not exist) whose
-     * backing file is the disk's present image. Guest running; tens of ms. The command line user of
+     * backing file is the disk's present image. Guest running or stopped; tens of ms. The command line user of
      * the VM must be able to write it: it gets the owner of the image. LB_E_UNSUPPORTED with the remedy
      * when the disk cannot have an overlay. */
     int (*disk_overlay)(struct lb_hv_vm *vm, const char *id, const char *path, struct lb_error *err);
     /* While stopped: from now on the guest writes to the overlays made ready, all of them or (on
      * error) none; what was the image of each disk is frozen. */
     int (*disk_freeze)(struct lb_hv_vm *vm, struct lb_error *err);
-    /* Forget the overlays made ready and not used, and their files. */
+    /* Forget the overlays made ready and not used, and their files. On a new handle, after a process that
+     * died: what that one left in the hypervisor; the files are the caller's then. */
     void (*disk_overlay_drop)(struct lb_hv_vm *vm);
-    /* Join two images of a disk's chain while the guest runs: what is in `top` goes into its backing file
+    /* Join two images of a disk's chain, guest running or stopped: what is in `top` goes into its backing file
      * `base`, then whoever stood on top stands on base. Blocks (progress by `tick`, -1 cancels: the chain stays as
      * it is and valid). The file `top` is left to the caller. */
     int (*disk_join)(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
