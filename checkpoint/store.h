@@ -79,6 +79,10 @@ struct lb_ckpt_create {
     const struct lb_ckpt_block *blocks;
     unsigned n_blocks;
     struct lb_chain *parent;         /* NULL: a full checkpoint. Must stay open until commit or abort */
+    /* NULL, or the checkpoint that is written again in another form (its chain merged), open until commit or abort:
+     * same id, same seed of the hashes. Increments of it may hold differences from its pages, so every page given is
+     * stored whole: none is left out because the parent has it, none becomes a difference itself. */
+    struct lb_chain *again;
     const struct lb_ckpt_key *key;   /* NULL: not encrypted */
     int zstd_level;                  /* 0: 1; negative: zstd's fast levels */
     unsigned threads;                /* that compress; 0: one per processor */
@@ -145,6 +149,10 @@ int lb_chain_state(struct lb_chain *c, void **buf, size_t *len, struct lb_error 
 int lb_chain_hot(struct lb_chain *c, uint64_t **v, uint64_t *n, struct lb_error *err);
 /* Set the bits of the pages that are not zero. */
 int lb_chain_populated(struct lb_chain *c, unsigned block, struct lb_bitmap *pages, struct lb_error *err);
+
+/* Set the bits of the pages that one of the newest `files` files of the chain names, zeros included: whatever differs
+ * from the chain without them is among these. */
+int lb_chain_named(struct lb_chain *c, unsigned block, unsigned files, struct lb_bitmap *pages, struct lb_error *err);
 
 /* Pages out of chunks. on_pages: count pages of a block from `first`, adjacent, valid during the call. -1 ends it.
  * May be called from several threads at once by lb_chain_read_all. */
