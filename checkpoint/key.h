@@ -29,10 +29,10 @@ struct lb_key_slot {
 };
 /* A new data key for a new file. Argon2id takes a second: the derived key is kept in k for its salt, so that a
  * chain and its children cost it once. `bind`: bytes of the header that must not change. Any thread. */
-int lb_ckpt_key_new(struct lb_ckpt_key *k, const void *bind, size_t bind_len, struct lb_key_slot *slot,
+int lb_ckpt_key_new(const struct lb_ckpt_key *k, const void *bind, size_t bind_len, struct lb_key_slot *slot,
                     uint8_t data_key[32], struct lb_error *err);
 /* LB_E_AUTH "wrong key" / "wrong passphrase" / "is encrypted with a ...: give --key". k NULL: the last. */
-int lb_ckpt_key_open(struct lb_ckpt_key *k, const struct lb_key_slot *slot, const void *bind, size_t bind_len,
+int lb_ckpt_key_open(const struct lb_ckpt_key *k, const struct lb_key_slot *slot, const void *bind, size_t bind_len,
                      uint8_t data_key[32], struct lb_error *err);
 
 #endif

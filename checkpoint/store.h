@@ -67,7 +67,8 @@ struct lb_ckpt_meta {
     unsigned n_disks;
 };
 void lb_ckpt_meta_free(struct lb_ckpt_meta *m); /* leaves it zeroed */
-char *lb_ckpt_meta_json(const struct lb_ckpt_meta *m); /* caller frees */
+/* Caller frees; NULL: the description has what no other host would accept. */
+char *lb_ckpt_meta_json(const struct lb_ckpt_meta *m, struct lb_error *err);
 int lb_ckpt_meta_parse(const char *json, struct lb_ckpt_meta *out, struct lb_error *err);
 
 /* ---------------------------------------------------------------- writing */
@@ -84,6 +85,10 @@ struct lb_ckpt_create {
      * stored whole: none is left out because the parent has it, none becomes a difference itself. */
     struct lb_chain *again;
     const struct lb_ckpt_key *key;   /* NULL: not encrypted */
+    /* NULL, or the checkpoint that is written again, to stand on another parent or on none: same id, same seed of
+     * the hashes, `path` may exist and is replaced. Every page given is stored whole, even when the parent has the same:
+     * children may be stored as differences from it. Must stay open too. */
+    struct lb_chain *again;
     int zstd_level;                  /* 0: 1; negative: zstd's fast levels */
     unsigned threads;                /* that compress; 0: one per processor */
     bool buffered;                   /* not O_DIRECT (a file system without it is noticed by itself) */
