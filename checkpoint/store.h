@@ -81,14 +81,11 @@ struct lb_ckpt_create {
     unsigned n_blocks;
     struct lb_chain *parent;         /* NULL: a full checkpoint. Must stay open until commit or abort */
     /* NULL, or the checkpoint that is written again in another form (its chain merged), open until commit or abort:
-     * same id, same seed of the hashes. Increments of it may hold differences from its pages, so every page given is
+     * same id, same seed of the hashes, `path` may exist and is replaced. Increments of it may hold differences from
+     * its pages, so every page given is
      * stored whole: none is left out because the parent has it, none becomes a difference itself. */
     struct lb_chain *again;
     const struct lb_ckpt_key *key;   /* NULL: not encrypted */
-    /* NULL, or the checkpoint that is written again, to stand on another parent or on none: same id, same seed of
-     * the hashes, `path` may exist and is replaced. Every page given is stored whole, even when the parent has the same:
-     * children may be stored as differences from it. Must stay open too. */
-    struct lb_chain *again;
     int zstd_level;                  /* 0: 1; negative: zstd's fast levels */
     unsigned threads;                /* that compress; 0: one per processor */
     bool buffered;                   /* not O_DIRECT (a file system without it is noticed by itself) */

@@ -131,7 +131,5 @@ int lb_chain_seed(struct lb_chain *c, uint64_t *seed, struct lb_error *err);
 /* False: the page is all zeros. True: hash is its content's; *whole: the nearest file whose index names it has it as
  * LB_CF_RUN_WHOLE, so that a child may store a difference. */
 bool lb_chain_hash(const struct lb_chain *c, unsigned block, uint64_t page, uint8_t hash[16], bool *whole);
-/* Which file of the chain says what the page is: 0 the checkpoint's own, 1 its parent's ...; lb_chain_depth: none (zeros). */
-unsigned lb_chain_owner(const struct lb_chain *c, unsigned block, uint64_t page);
 
 #endif
