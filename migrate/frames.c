@@ -1,7 +1,7 @@
 /* migrate/frames.c - see frames.h. */
 #include "migrate/frames.h"
 
-#include "migrate/argv_scan.h"
+#include "core/qemu/argv_scan.h"
 
 #include <arpa/inet.h>
 #include <errno.h>

@@ -19,8 +19,8 @@
 #include <sys/utsname.h>
 
 #include "core/registry.h"
-#include "migrate/argv_scan.h"
-#include "migrate/preflight_host.h"
+#include "core/qemu/argv_scan.h"
+#include "core/host.h"
 
 /* What QEMU needs besides guest RAM: itself, device RAM, page tables. */
 #define OVERHEAD_BYTES (UINT64_C(128) << 20)

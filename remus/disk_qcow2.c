@@ -15,7 +15,7 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
-#include "migrate/preflight_host.h"
+#include "core/host.h"
 
 #define SLOTS 32
 #define ZERO_MAX (UINT64_C(1) << 30)

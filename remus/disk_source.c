@@ -27,7 +27,7 @@
 #include <sys/stat.h>
 #include <time.h>
 
-#include "migrate/preflight_host.h"
+#include "core/host.h"
 
 #define PLUGIN_FILE "lifeboat-nbdkit-plugin.so"
 #define INSTALL_DIR "/usr/local/lib/lifeboat"

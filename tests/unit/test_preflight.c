@@ -20,9 +20,9 @@
 #include <sys/wait.h>
 
 #include "core/registry.h"
-#include "migrate/argv_scan.h"
+#include "core/qemu/argv_scan.h"
 #include "migrate/preflight.h"
-#include "migrate/preflight_host.h"
+#include "core/host.h"
 
 /* ------------------------------------------------------------ command lines */
 

@@ -1,5 +1,5 @@
-/* migrate/preflight_host.c - see preflight_host.h. */
-#include "migrate/preflight_host.h"
+/* core/host.c - see host.h. */
+#include "core/host.h"
 
 #include <errno.h>
 #include <fcntl.h>

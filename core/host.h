@@ -1,7 +1,7 @@
-/* migrate/preflight_host.h - questions to this host, for preflight.c only.  None of
+/* core/host.h - questions to this host, for the checks before something is done. None of
  * them changes anything or disturbs what it finds. Any thread. */
-#ifndef LB_PREFLIGHT_HOST_H
-#define LB_PREFLIGHT_HOST_H
+#ifndef LB_HOST_H
+#define LB_HOST_H
 
 #include "core/core.h"
 

@@ -1,5 +1,5 @@
 /*
- * migrate/argv_scan.h - what a QEMU command line uses of its host: files,
+ * core/qemu/argv_scan.h - what a QEMU command line uses of its host: files,
  * directories, sockets, ports, taps, devices.
  *
  * Understands key=value lists (",," is a comma), dotted keys, JSON arguments and

@@ -1,10 +1,10 @@
-/* migrate/argv_scan.c - see argv_scan.h.
+/* core/qemu/argv_scan.c - see argv_scan.h.
  *
  * Every argument becomes a flat list of key/value pairs, whatever its syntax:
  *      tap,id=n0,ifname=tap0            "" = tap, id = n0, ifname = tap0
  *      {"driver":"raw","file":{"filename":"/a"}}    driver = raw, file.filename = /a
  * One function per family of options then picks what it knows from the list. */
-#include "migrate/argv_scan.h"
+#include "core/qemu/argv_scan.h"
 
 #include <jansson.h>
 #include <string.h>
