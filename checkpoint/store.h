@@ -82,8 +82,8 @@ struct lb_ckpt_create {
     struct lb_chain *parent;         /* NULL: a full checkpoint. Must stay open until commit or abort */
     /* NULL, or the checkpoint that is written again in another form (its chain merged), open until commit or abort:
      * same id, same seed of the hashes, `path` may exist and is replaced. Increments of it may hold differences from
-     * its pages, so every page given is
-     * stored whole: none is left out because the parent has it, none becomes a difference itself. */
+     * its pages, so every page given is stored whole: none is left out because the parent has it, none becomes a
+     * difference itself. */
     struct lb_chain *again;
     const struct lb_ckpt_key *key;   /* NULL: not encrypted */
     int zstd_level;                  /* 0: 1; negative: zstd's fast levels */

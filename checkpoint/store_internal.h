@@ -16,7 +16,7 @@
 #define LB_CF_PART_MAGIC 0x5450424cu      /* "LBPT" */
 #define LB_CF_VERSION 1u
 #define LB_CF_HEADER_BYTES 4096u
-#define LB_CF_BIND_BYTES 104u             /* of the header, bound to the wrapped key */
+#define LB_CF_BIND_BYTES 72u              /* of the header, bound to the wrapped key */
 #define LB_CF_FILE_ALIGN 4096u            /* of the end of the file */
 #define LB_CF_ALIGN 16u                   /* of parts */
 
@@ -51,7 +51,7 @@ struct lb_cf_header {
     uint8_t check[16];
 };
 _Static_assert(sizeof(struct lb_cf_header) == LB_CF_HEADER_BYTES, "FORMAT.md: header");
-_Static_assert(offsetof(struct lb_cf_header, nonce) == LB_CF_BIND_BYTES, "FORMAT.md: header");
+_Static_assert(offsetof(struct lb_cf_header, salt) == LB_CF_BIND_BYTES, "FORMAT.md: header");
 
 struct lb_cf_part {
     uint32_t magic, kind, number, flags;
