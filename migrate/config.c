@@ -11,11 +11,11 @@
 
 #include "netproto/netproto.h"
 
-enum { MAX_CONFIG_BYTES = 1 << 20, MAX_CHANNELS = 64, MAX_ZSTD_LEVEL = 19 };
+enum { MAX_CONFIG_BYTES = 1 << 20, MAX_CHANNELS = 64, MAX_ZSTD_LEVEL = 19, MIN_ZSTD_LEVEL = -50 };
 
 static const char remedy_keys[] = "known keys: listen name emulator path tap memory-reserve "
                                   "bandwidth max-downtime channels compress throttle witness "
-                                  "backup lease";
+                                  "backup lease checkpoint-dir checkpoint-key checkpoint-level";
 
 /* Each returns 0 or -1 with what is wrong with the value. */
 typedef int set_fn(struct lb_host_config *c, char *value, struct lb_error *err);
@@ -187,6 +187,35 @@ static int set_lease(struct lb_host_config *c, char *value, struct lb_error *err
     return 0;
 }
 
+static int set_absolute(char *out, size_t cap, const char *value, struct lb_error *err)
+{
+    if (value[0] != '/')
+        return lb_fail(err, LB_E_USAGE, "\"%s\" is not an absolute path", value);
+    return copy_value(out, cap, value, err);
+}
+
+static int set_checkpoint_dir(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return set_absolute(c->checkpoint_dir, sizeof(c->checkpoint_dir), value, err);
+}
+
+static int set_checkpoint_key(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return set_absolute(c->checkpoint_key, sizeof(c->checkpoint_key), value, err);
+}
+
+static int set_checkpoint_level(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    char *end;
+    long level = strtol(value, &end, 10);
+
+    if (*end || level < MIN_ZSTD_LEVEL || level > MAX_ZSTD_LEVEL || !level)
+        return lb_fail(err, LB_E_USAGE, "checkpoint-level is from 1 to %d, or negative to %d for speed",
+                       MAX_ZSTD_LEVEL, MIN_ZSTD_LEVEL);
+    c->checkpoint_level = (int)level;
+    return 0;
+}
+
 static const struct key {
     const char *name;
     bool repeats;
@@ -206,6 +235,9 @@ static const struct key {
     {"witness", false, set_witness},
     {"backup", false, set_backup},
     {"lease", false, set_lease},
+    {"checkpoint-dir", false, set_checkpoint_dir},
+    {"checkpoint-key", false, set_checkpoint_key},
+    {"checkpoint-level", false, set_checkpoint_level},
 };
 
 static const struct key *find_key(const char *name)

@@ -51,6 +51,9 @@ static void test_all_keys(void **s)
                   "witness = etcd:http://w1:2379,http://w2:2379\n"
                   "backup = hostB, hostC\n"
                   "lease = 300ms\n"
+                  "checkpoint-dir = /srv/lifeboat\n"
+                  "checkpoint-key = /etc/lifeboat/ckpt.key\n"
+                  "checkpoint-level = -5\n"
                   "throttle = no", &c, &err);
     assert_string_equal(err.message, "");
     assert_int_equal(rc, 0);
@@ -73,6 +76,9 @@ static void test_all_keys(void **s)
     assert_string_equal(c.witness, "etcd:http://w1:2379,http://w2:2379");
     assert_string_equal(c.backup, "hostB, hostC");
     assert_int_equal(c.lease_ms, 300);
+    assert_string_equal(c.checkpoint_dir, "/srv/lifeboat");
+    assert_string_equal(c.checkpoint_key, "/etc/lifeboat/ckpt.key");
+    assert_int_equal(c.checkpoint_level, -5);
     lb_config_free(&c);
     assert_null(c.paths);
     lb_config_free(&c);
@@ -91,6 +97,9 @@ static void test_defaults(void **s)
     assert_true(c.throttle);
     assert_int_equal(c.bandwidth_bytes_per_s, 0);
     assert_int_equal(c.memory_reserve_bytes, 256u << 20);
+    assert_string_equal(c.checkpoint_dir, "");
+    assert_string_equal(c.checkpoint_key, "");
+    assert_int_equal(c.checkpoint_level, 0);
     lb_config_free(&c);
     assert_int_equal(load("", &c, NULL), 0);
     assert_int_equal(c.channels, 0);
@@ -131,6 +140,11 @@ static void test_mistakes(void **s)
         {"witness = fence:\n", ":1:", "no witness"},
         {"lease = 49ms\n", ":1:", "lease is from 50ms"},
         {"lease = 61s\n", ":1:", "lease is from 50ms"},
+        {"checkpoint-dir = ckpt\n", ":1:", "not an absolute path"},
+        {"checkpoint-key = key\n", ":1:", "not an absolute path"},
+        {"checkpoint-level = 0\n", ":1:", "checkpoint-level is"},
+        {"checkpoint-level = 20\n", ":1:", "checkpoint-level is"},
+        {"checkpoint-level = 3x\n", ":1:", "checkpoint-level is"},
     };
     for (size_t i = 0; i < LB_ARRAY_LEN(bad); i++) {
         struct lb_host_config c = {.channels = 77};
