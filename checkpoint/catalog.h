@@ -82,9 +82,9 @@ int lb_catalog_remove(const char *dir, const char *vm, const uint32_t *numbers, 
                       void (*progress)(uint64_t done, uint64_t total, void *arg), void *arg, int cancel_fd,
                       struct lb_prune_result *res, struct lb_error *err);
 /* The numbers `prune` would remove: all but the latest `keep`, older than max_age_ms when not 0; labelled ones stay
- * unless `labelled`. *v malloc'ed. */
-int lb_catalog_prunable(const char *dir, const char *vm, unsigned keep, uint64_t max_age_ms, bool labelled,
-                        uint32_t **v, unsigned *n, struct lb_error *err);
+ * unless `labelled`, those that cannot be read (with this key) always: nobody knows what they are. *v malloc'ed. */
+int lb_catalog_prunable(const char *dir, const char *vm, const struct lb_ckpt_key *key, unsigned keep,
+                        uint64_t max_age_ms, bool labelled, uint32_t **v, unsigned *n, struct lb_error *err);
 
 /* ---- to and from elsewhere. A folder: checkpoint.lbc (full: the chain in one file) and disk-K.qcow2 per disk
  * (qemu-img convert of the frozen image), manifest.json. Import gives it a number of VM (as: NULL = the meta's). */
