@@ -42,7 +42,8 @@ static void check_ops(const struct lb_hv_ops *ops)
     assert(ops->disks && ops->disk_mirror && ops->disk_mirror_status && ops->disk_mirror_end);
     assert(ops->disk_overlay && ops->disk_freeze && ops->disk_overlay_drop && ops->disk_join);
     assert(ops->clock_step);
-    assert(ops->lazy_begin && ops->lazy_attach && ops->lazy_fault && ops->lazy_place && ops->lazy_missing && ops->lazy_end);
+    assert(ops->lazy_begin && ops->lazy_attach && ops->lazy_fault);
+    assert(ops->lazy_place && ops->lazy_missing && ops->lazy_end);
     assert(ops->status && ops->shut_down && ops->ident && ops->exists && ops->end && ops->detach && ops->destroy);
 }
 
@@ -63,6 +64,13 @@ static void check_bitmap(const struct lb_ram_block *blk, const struct lb_bitmap 
     assert(bits && bits->words && bits->n_bits == pages_of(blk));
 }
 
+/* Memory that may be missing is only placed. */
+static void check_not_lazy(struct lb_hv_vm *vm, const struct lb_ram_block *blk)
+{
+    assert(!base_of(vm)->lazy || blk->kind != LB_RAM_MAIN);
+    (void)vm, (void)blk;
+}
+
 static bool is_source(const struct lb_hv_vm_base *base)
 {
     return base->state == LB_HV_RUNNING || base->state == LB_HV_STOPPED;
@@ -78,7 +86,7 @@ int lb_hv_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,
         return -1;
     struct lb_hv_vm_base *base = (struct lb_hv_vm_base *)vm;
     base->ops = ops;
-    assert(is_source(base) && !base->logging && !base->saving);
+    assert(is_source(base) && !base->logging && !base->saving && !base->lazy);
     *out = vm;
     return 0;
 }
@@ -99,7 +107,7 @@ int lb_hv_blocks(struct lb_hv_vm *vm, const struct lb_ram_block **out, unsigned 
 int lb_hv_log_enable(struct lb_hv_vm *vm, struct lb_error *err)
 {
     struct lb_hv_vm_base *base = base_of(vm);
-    assert(is_source(base) && !base->logging);
+    assert(is_source(base) && !base->logging && !base->lazy);
     if (base->ops->log_enable(vm, err) < 0)
         return -1;
     base->logging = true;
@@ -140,6 +148,7 @@ int lb_hv_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct 
                     struct lb_error *err)
 {
     check_bitmap(blk, pages);
+    check_not_lazy(vm, blk);
     return ops_of(vm)->populated(vm, blk, pages, err);
 }
 
@@ -147,6 +156,7 @@ int lb_hv_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t fir
                uint64_t n_pages, void *buf, struct lb_error *err)
 {
     check_pages(blk, first_page, n_pages);
+    check_not_lazy(vm, blk);
     assert(buf);
     return ops_of(vm)->read(vm, blk, first_page, n_pages, buf, err);
 }
@@ -157,6 +167,7 @@ int lb_hv_read_pages(struct lb_hv_vm *vm, const struct lb_ram_block *blk, const 
     assert(n > 0 && buf);
     for (uint64_t i = 0; i < n; i++)
         check_pages(blk, pages[i], 1);
+    check_not_lazy(vm, blk);
     return ops_of(vm)->read_pages(vm, blk, pages, n, buf, err);
 }
 
@@ -324,20 +335,25 @@ int lb_hv_launch(const struct lb_hv_ops *ops, const struct lb_vm_desc *desc,
     base->state = LB_HV_INCOMING;
     base->logging = false;
     base->saving = false;
+    base->lazy = false;
     *out = vm;
     return 0;
 }
 
 int lb_hv_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    assert(base_of(vm)->state == LB_HV_INCOMING);
+    assert(base_of(vm)->state == LB_HV_INCOMING && !base_of(vm)->lazy);
     return ops_of(vm)->prepare_ram(vm, err);
 }
 
 int lb_hv_lazy_begin(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    assert(base_of(vm)->state == LB_HV_INCOMING);
-    return ops_of(vm)->lazy_begin(vm, err);
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(base->state == LB_HV_INCOMING && !base->lazy);
+    if (base->ops->lazy_begin(vm, err) < 0)
+        return -1;
+    base->lazy = true;
+    return 0;
 }
 
 int lb_hv_lazy_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,
@@ -353,6 +369,7 @@ int lb_hv_lazy_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ide
     base->state = LB_HV_LOADED; /* run may be said again */
     base->logging = false;
     base->saving = false;
+    base->lazy = true;
     *out = vm;
     return 0;
 }
@@ -360,7 +377,7 @@ int lb_hv_lazy_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ide
 int lb_hv_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_ram_block **blk,
                      uint64_t *page, struct lb_error *err)
 {
-    assert(blk && page);
+    assert(base_of(vm)->lazy && blk && page);
     return ops_of(vm)->lazy_fault(vm, timeout_ms, blk, page, err);
 }
 
@@ -368,6 +385,7 @@ int lb_hv_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64
                      const void *buf, uint64_t *placed, struct lb_error *err)
 {
     check_pages(blk, first, n);
+    assert(base_of(vm)->lazy && blk->kind == LB_RAM_MAIN);
     return ops_of(vm)->lazy_place(vm, blk, first, n, buf, placed, err);
 }
 
@@ -375,19 +393,25 @@ int lb_hv_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, stru
                        struct lb_error *err)
 {
     check_bitmap(blk, pages);
+    assert(base_of(vm)->lazy);
     return ops_of(vm)->lazy_missing(vm, blk, pages, err);
 }
 
 int lb_hv_lazy_end(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    assert(!base_of(vm)->logging);
-    return ops_of(vm)->lazy_end(vm, err);
+    struct lb_hv_vm_base *base = base_of(vm);
+    assert(!base->logging);
+    if (base->ops->lazy_end(vm, err) < 0)
+        return -1;
+    base->lazy = false;
+    return 0;
 }
 
 int lb_hv_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                 uint64_t n_pages, const void *buf, struct lb_error *err)
 {
     check_pages(blk, first_page, n_pages);
+    check_not_lazy(vm, blk);
     assert(buf);
     return ops_of(vm)->write(vm, blk, first_page, n_pages, buf, err);
 }

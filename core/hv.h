@@ -50,7 +50,9 @@ struct lb_ram_block {
     enum lb_ram_kind kind;
     enum lb_ram_backing backing;
     uint64_t hva;                 /* address in the VM's process; 0 when not located (ROM only) */
-    void *map;                    /* our own MAP_SHARED view, or NULL: use lb_hv_read/write */
+    void *map;                    /* our own MAP_SHARED view, or NULL: use lb_hv_read/write. NULL for main memory
+                                     between lazy_begin and lazy_end: to touch a missing page of it would
+                                     make it zeros behind the guest's back */
 };
 
 /* Which VM. All strings owned by the caller of attach. */
@@ -256,11 +258,11 @@ struct lb_hv_ops {
      * desc; returns when it accepts control commands. On failure nothing is left. */
     int (*launch)(const struct lb_vm_desc *desc, const struct lb_launch_opts *opts,
                   struct lb_hv_vm **out, struct lb_error *err);
-    /* Make main RAM read as zeros everywhere (drop what launch put there) and get
-     * it ready for fast placing. Once, before the first page. */
+    /* Make main RAM read as zeros everywhere (drop what launch put there; with shared_memory_fd: as that
+     * memory) and get it ready for fast placing. Once, before the first page. */
     int (*prepare_ram)(struct lb_hv_vm *vm, struct lb_error *err);
     /* Instead of prepare_ram: main memory is empty, and whoever touches a page of it waits until it is
-     * placed. LB_E_UNSUPPORTED: not here (use prepare_ram; nothing has changed). The guest goes on waiting when our
+     * placed. Until lazy_end it is not read or written in any other way than lazy_place (asserted). LB_E_UNSUPPORTED: not here (use prepare_ram; nothing has changed). The guest goes on waiting when our
      * process dies (QEMU holds the userfaultfd too). After Xen's memory paging (xenpaging): evict, populate. */
     int (*lazy_begin)(struct lb_hv_vm *vm, struct lb_error *err);
     /* The same on a handle from attach: another process began it and died. Wakes whoever waits. LB_E_NOT_FOUND: nothing
@@ -277,7 +279,8 @@ struct lb_hv_ops {
     /* Set the bits of the pages that are missing. */
     int (*lazy_missing)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
                         struct lb_error *err);
-    /* Nothing is missing any more: the memory is ordinary from now on, also for the dirty log. */
+    /* Nothing is missing any more (what still is reads as zeros): the memory is ordinary from now on, also for the
+     * dirty log. No other lazy_* is under way. Again is success. */
     int (*lazy_end)(struct lb_hv_vm *vm, struct lb_error *err);
     /* Place pages. For blocks without a map. Any thread. */
     int (*write)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
@@ -319,6 +322,7 @@ struct lb_hv_vm_base {
     enum lb_hv_run_state state;  /* engine thread */
     bool logging;                /* engine thread */
     bool saving;                 /* engine thread: between save_begin and save_end */
+    bool lazy;                   /* engine thread: between lazy_begin or lazy_attach and lazy_end */
 };
 
 int lb_hv_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,

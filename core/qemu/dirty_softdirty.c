@@ -131,7 +131,7 @@ static int enable(struct lb_hv_vm *vm, struct lb_error *err)
                     vm->blocks[i].pub.name);
             return lb_remedy(err, "use Linux >= 6.7, or start the VM with other memory");
         }
-        if (vm->blocks[i].pub.kind != LB_RAM_ROM && vm->blocks[i].map_fd >= 0 && have_swap()) {
+        if (vm->blocks[i].pub.kind != LB_RAM_ROM && vm->blocks[i].pub.map && have_swap()) {
             lb_fail(err, LB_E_UNSUPPORTED, "soft-dirty bits of shared memory (%s) get lost in swap",
                     vm->blocks[i].pub.name);
             return lb_remedy(err, "turn swap off during the migration, or use Linux >= 6.7");

@@ -594,7 +594,7 @@ void lb_qemu_add_log(const char *run_dir, struct lb_error *err)
 
 void lb_qemu_remove_run_files(const char *run_dir)
 {
-    static const char *const files[] = {QMP_SOCK, "qemu.log", "throttle"};
+    static const char *const files[] = {QMP_SOCK, "qemu.log", "throttle", LB_QEMU_LAZY_FILE};
     for (unsigned i = 0; i < LB_ARRAY_LEN(files); i++) {
         LB_AUTO_FREE char *path = lb_asprintf("%s/%s", run_dir, files[i]);
         unlink(path);

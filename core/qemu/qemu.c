@@ -26,6 +26,7 @@ struct lb_hv_vm *lb_qemu_vm_new(const char *name)
     vm->base.ops = &lb_hv_qemu;
     vm->name = lb_strdup(name ? name : "");
     vm->pidfd = vm->pagemap_fd = vm->uffd = vm->state_fd = vm->state_wfd = vm->fdset = -1;
+    vm->lazy_uffd = -1;
     return vm;
 }
 
@@ -35,6 +36,7 @@ void lb_qemu_vm_free(struct lb_hv_vm *vm)
         return;
     if (vm->dirty)
         vm->dirty->disable(vm);
+    lb_qemu_lazy_close(vm);
     lb_qemu_free_blocks(vm);
     lb_qemu_state_close(vm);
     lb_qmp_close(vm->qmp);
@@ -179,8 +181,14 @@ int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err)
         return -1;
     vm->base.state = json_is_true(json_object_get(ret, "running")) ? LB_HV_RUNNING : LB_HV_STOPPED;
     json_decref(ret);
+    return lb_qemu_open_pagemap(vm, err);
+}
 
+int lb_qemu_open_pagemap(struct lb_hv_vm *vm, struct lb_error *err)
+{
     char path[64];
+    if (vm->pagemap_fd >= 0)
+        return 0;
     snprintf(path, sizeof(path), "/proc/%d/pagemap", (int)vm->proc.pid);
     vm->pagemap_fd = open(path, O_RDONLY | O_CLOEXEC);
     if (vm->pagemap_fd < 0) {
@@ -191,30 +199,34 @@ int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err)
     return 0;
 }
 
+int lb_qemu_connect(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    if (vm->qmp)
+        return 0;
+    /* a QEMU that was started a moment ago does not listen yet */
+    uint64_t until = lb_now_ns() + YOUNG_MS * UINT64_C(1000000);
+    if ((vm->qmp_path ? lb_qmp_open(vm->qmp_path, vm->proc.pid, vm->pidfd, until, &vm->qmp, err)
+                      : open_any(vm, until, err)) < 0)
+        return -1;
+    if (lb_qemu_identify(vm, err) == 0)
+        return 0;
+    lb_qmp_close(LB_STEAL_PTR(vm->qmp));
+    return -1;
+}
+
 static int attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err)
 {
     struct lb_hv_vm *vm = lb_qemu_vm_new(ident->name);
     vm->proc = ident->proc;
-    /* a QEMU that was started a moment ago does not listen yet */
-    uint64_t until = lb_now_ns() + YOUNG_MS * UINT64_C(1000000);
+    vm->qmp_path = lb_strdup(ident->qmp_path);
     vm->pidfd = lb_proc_open(&ident->proc, err);
-    if (vm->pidfd < 0)
-        goto fail;
-    if (ident->qmp_path) {
-        vm->qmp_path = lb_strdup(ident->qmp_path);
-        if (lb_qmp_open(vm->qmp_path, vm->proc.pid, vm->pidfd, until, &vm->qmp, err) < 0)
-            goto fail;
-    } else if (open_any(vm, until, err) < 0) {
-        goto fail;
+    if (vm->pidfd < 0 || lb_qemu_connect(vm, err) < 0) {
+        lb_context(err, "VM %s", vm->name);
+        lb_qemu_vm_free(vm);
+        return -1;
     }
-    if (lb_qemu_identify(vm, err) < 0)
-        goto fail;
     *out = vm;
     return 0;
-fail:
-    lb_context(err, "VM %s", vm->name);
-    lb_qemu_vm_free(vm);
-    return -1;
 }
 
 /* ------------------------------------------------------------------ source */
@@ -339,7 +351,7 @@ static int status(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_err
         return 0;
     json_t *ret = NULL;
     struct lb_error why = LB_ERROR_INIT;
-    if (lb_qmp_cmd(vm->qmp, "query-status", NULL, &ret, &why) < 0) {
+    if (lb_qemu_connect(vm, &why) < 0 || lb_qmp_cmd(vm->qmp, "query-status", NULL, &ret, &why) < 0) {
         *alive = !lb_qemu_dead(vm->pidfd);
         if (!*alive)
             return 0; /* it died while being asked: an answer, not an error */
@@ -355,7 +367,8 @@ static int status(struct lb_hv_vm *vm, bool *alive, bool *running, struct lb_err
 /* The event is sent before the process ends: it may be there and not read yet. */
 static bool shut_down(struct lb_hv_vm *vm)
 {
-    lb_qmp_drain(vm->qmp, NULL);
+    if (vm->qmp)
+        lb_qmp_drain(vm->qmp, NULL);
     return vm->shut_down;
 }
 

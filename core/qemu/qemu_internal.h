@@ -95,8 +95,8 @@ struct lb_qemu_block {
     struct lb_ram_block pub;
     uint64_t total_bytes;    /* allocated length; pub.size_bytes may be shorter */
     bool read_only;          /* as QEMU >= 8 prints it */
-    bool file_private;       /* MAP_PRIVATE of a file: absent pages are not zero */
-    int map_fd;              /* the backing file when shared, else -1 */
+    bool file_private;       /* MAP_PRIVATE of a file: absent pages are the file's */
+    int map_fd;              /* the backing file, else -1 */
     uint64_t map_offset;     /* of the block in that file */
 };
 
@@ -134,7 +134,7 @@ struct lb_hv_vm {
     char *machine;               /* versioned */
 
     /* engine thread */
-    struct lb_qmp *qmp;
+    struct lb_qmp *qmp;          /* NULL after lazy_attach: see lb_qemu_connect */
     char *save_text;             /* checkpoint mode: the save, as sent ahead at stop; else NULL */
     bool stopped_by_us;          /* from before "stop" to the answer to "cont" */
     bool paused_by_others;       /* by a STOP event that was not ours */
@@ -157,6 +157,9 @@ struct lb_hv_vm {
     int state_wfd;               /* the same, O_WRONLY, shared with QEMU */
     int fdset;                   /* number of QEMU's fd set, -1 */
     char *throttle_path;         /* record of what throttling did, NULL when it did nothing */
+    int lazy_uffd;               /* lazy.c; used by any thread between begin or attach and end */
+    int lazy_remote_fd;          /* its number in QEMU */
+    char *lazy_path;             /* record of it, for the process after us */
 
     /* filled once by blocks, then immutable */
     struct lb_qemu_block *blocks;
@@ -164,7 +167,10 @@ struct lb_hv_vm {
     unsigned n_blocks;
 };
 
+#define LB_QEMU_MAX_BLOCKS 4096u
 int lb_qemu_find_blocks(struct lb_hv_vm *vm, struct lb_error *err);
+/* The same without asking QEMU: names, sizes and addresses are in vm->blocks already. */
+int lb_qemu_locate_blocks(struct lb_hv_vm *vm, struct lb_error *err);
 void lb_qemu_free_blocks(struct lb_hv_vm *vm);
 /* The private part of a block of vm's table. */
 const struct lb_qemu_block *lb_qemu_block(struct lb_hv_vm *vm, const struct lb_ram_block *blk);
@@ -179,6 +185,11 @@ int lb_qemu_read(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t f
 int lb_qemu_write(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first_page,
                   uint64_t n_pages, const void *buf, struct lb_error *err);
 int lb_qemu_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err);
+/* Drop all pages of a block. */
+int lb_qemu_empty_block(struct lb_hv_vm *vm, const struct lb_qemu_block *b, struct lb_error *err);
+/* Set the bits of pages that have been touched, also those that are all zeros. */
+int lb_qemu_pages_there(struct lb_hv_vm *vm, const struct lb_qemu_block *b, struct lb_bitmap *pages,
+                        struct lb_error *err);
 
 /* --------------------------------------------------------------- pagemap.c */
 /* PAGEMAP_SCAN over [start, end) of fd (/proc/PID/pagemap); each region found
@@ -269,6 +280,7 @@ int lb_qemu_disk_join(struct lb_hv_vm *vm, const char *id, const char *top, cons
                       struct lb_error *err);
 
 /* ------------------------------------------------------------------ lazy.c */
+#define LB_QEMU_LAZY_FILE "lazy" /* in run_dir */
 int lb_qemu_lazy_begin(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_qemu_lazy_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err);
 int lb_qemu_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_ram_block **blk,
@@ -278,7 +290,7 @@ int lb_qemu_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint
 int lb_qemu_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
                          struct lb_error *err);
 int lb_qemu_lazy_end(struct lb_hv_vm *vm, struct lb_error *err);
-void lb_qemu_lazy_close(struct lb_hv_vm *vm);
+void lb_qemu_lazy_close(struct lb_hv_vm *vm); /* of a handle that goes; the guest goes on waiting */
 
 /* ----------------------------------------------------------------- clock.c */
 int lb_qemu_clock_step(struct lb_hv_vm *vm, uint64_t *step_ns, struct lb_error *err);
@@ -291,6 +303,9 @@ struct lb_hv_vm *lb_qemu_vm_new(const char *name);
 void lb_qemu_vm_free(struct lb_hv_vm *vm);
 /* After qmp is open: version, machine, run state. */
 int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err);
+/* Open qmp, at qmp_path or at what the command line names, and identify; nothing when it is open. */
+int lb_qemu_connect(struct lb_hv_vm *vm, struct lb_error *err);
+int lb_qemu_open_pagemap(struct lb_hv_vm *vm, struct lb_error *err);
 /* LB_E_HV: "QEMU (pid N) died"; true when it is dead. */
 bool lb_qemu_dead(int pidfd);
 

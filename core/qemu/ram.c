@@ -228,16 +228,25 @@ static int populated_words(struct lb_hv_vm *vm, const struct lb_qemu_block *b,
     return 0;
 }
 
+int lb_qemu_pages_there(struct lb_hv_vm *vm, const struct lb_qemu_block *b, struct lb_bitmap *pages,
+                        struct lb_error *err)
+{
+    return b->pub.map ? populated_file(b, pages, err) : populated_words(vm, b, pages, err);
+}
+
 int lb_qemu_populated(struct lb_hv_vm *vm, const struct lb_ram_block *blk,
                       struct lb_bitmap *pages, struct lb_error *err)
 {
     const struct lb_qemu_block *b = lb_qemu_block(vm, blk);
-    if (b->map_fd >= 0)
-        return populated_file(b, pages, err);
-    if (b->file_private || !b->pub.hva) {
-        lb_bitmap_set_all(pages); /* an absent page reads as the file */
+    if (!b->pub.hva) {
+        lb_bitmap_set_all(pages);
         return 0;
     }
+    /* of a private view: an absent page reads as the file */
+    if (b->map_fd >= 0 && populated_file(b, pages, err) < 0)
+        return -1;
+    if (b->pub.map)
+        return 0;
     struct lb_pagemap_query present = {
         .inverted = LB_PAGE_IS_PFNZERO,
         .mask = LB_PAGE_IS_PRESENT | LB_PAGE_IS_PFNZERO,
@@ -282,26 +291,22 @@ static int drop_anon(struct lb_injector *in, void *arg, struct lb_error *err)
     return rc == 0 ? 0 : lb_fail_errno(err, LB_E_HV, (int)-rc, "cannot empty QEMU's memory");
 }
 
+int lb_qemu_empty_block(struct lb_hv_vm *vm, const struct lb_qemu_block *b, struct lb_error *err)
+{
+    struct drop d = {b->pub.hva, b->pub.size_bytes};
+    if (!b->pub.map)
+        return lb_inject(vm->proc.pid, drop_anon, &d, err);
+    if (fallocate(b->map_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)b->map_offset,
+                  (off_t)b->pub.size_bytes) < 0)
+        return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot empty block %s", b->pub.name);
+    return 0;
+}
+
+/* A block that is a private view of the memory that clones share loses what is its own. */
 int lb_qemu_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    for (unsigned i = 0; i < vm->n_blocks; i++) {
-        const struct lb_qemu_block *b = &vm->blocks[i];
-        if (b->pub.kind != LB_RAM_MAIN)
-            continue;
-        if (b->map_fd >= 0) {
-            if (fallocate(b->map_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                          (off_t)b->map_offset, (off_t)b->pub.size_bytes) < 0)
-                return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot empty block %s",
-                                     b->pub.name);
-        } else if (b->file_private) {
-            lb_fail(err, LB_E_UNSUPPORTED, "memory block %s is a private mapping of a file",
-                    b->pub.name);
-            return lb_remedy(err, "let the receiver use memfd or anonymous memory");
-        } else {
-            struct drop d = {b->pub.hva, b->pub.size_bytes};
-            if (lb_inject(vm->proc.pid, drop_anon, &d, err) < 0)
-                return -1;
-        }
-    }
+    for (unsigned i = 0; i < vm->n_blocks; i++)
+        if (vm->blocks[i].pub.kind == LB_RAM_MAIN && lb_qemu_empty_block(vm, &vm->blocks[i], err) < 0)
+            return -1;
     return 0;
 }

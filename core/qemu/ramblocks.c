@@ -23,8 +23,6 @@
 #include <sys/vfs.h>
 #include <linux/magic.h>
 
-#define MAX_BLOCKS 4096
-
 struct vma {
     uint64_t start, end, offset, inode;
     char perm[5];
@@ -135,7 +133,7 @@ static int list_blocks(struct lb_hv_vm *vm, struct lb_error *err)
         if (next)
             *next++ = 0;
         struct lb_qemu_block b;
-        if (parse_line(line, &b) < 0 || b.pub.size_bytes == 0 || vm->n_blocks == MAX_BLOCKS)
+        if (parse_line(line, &b) < 0 || b.pub.size_bytes == 0 || vm->n_blocks == LB_QEMU_MAX_BLOCKS)
             continue;
         b.pub.size_bytes = (b.pub.size_bytes + LB_PAGE_SIZE - 1) & ~(uint64_t)(LB_PAGE_SIZE - 1);
         b.pub.id = vm->n_blocks;
@@ -292,10 +290,12 @@ static int look_behind(struct lb_hv_vm *vm, const struct maps *m, struct lb_qemu
         b->pub.backing = LB_BACK_HUGETLB;
         b->pub.track_bytes = (uint32_t)fs.f_bsize;
     }
-    b->file_private = !shared;
-    if (!shared)
-        return 0;
     b->map_offset = v->offset + (b->pub.hva - v->start);
+    b->file_private = !shared;
+    if (!shared) {
+        b->map_fd = LB_STEAL_FD(fd);
+        return 0;
+    }
     int prot = (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR ? PROT_READ | PROT_WRITE : PROT_READ;
     void *p = mmap(NULL, b->pub.size_bytes, prot, MAP_SHARED, fd, (off_t)b->map_offset);
     if (p == MAP_FAILED)
@@ -319,19 +319,8 @@ void lb_qemu_free_blocks(struct lb_hv_vm *vm)
     vm->n_blocks = 0;
 }
 
-static int find(struct lb_hv_vm *vm, struct maps *m, struct lb_error *err)
+static int look_behind_all(struct lb_hv_vm *vm, const struct maps *m, struct lb_error *err)
 {
-    if (list_blocks(vm, err) < 0)
-        return -1;
-    bool all = true;
-    for (unsigned i = 0; i < vm->n_blocks; i++)
-        all &= vm->blocks[i].pub.hva != 0;
-    if (!all && locate_mapped(vm, err) < 0)
-        return -1;
-    if (read_maps(vm->proc.pid, m, err) < 0)
-        return -1;
-    if (!all)
-        locate_by_size(vm, m);
     for (unsigned i = 0; i < vm->n_blocks; i++) {
         struct lb_qemu_block *b = &vm->blocks[i];
         if (b->pub.hva && look_behind(vm, m, b, err) < 0)
@@ -346,11 +335,9 @@ static int find(struct lb_hv_vm *vm, struct maps *m, struct lb_error *err)
     return 0;
 }
 
-int lb_qemu_find_blocks(struct lb_hv_vm *vm, struct lb_error *err)
+/* The table for callers, or nothing. */
+static int made(struct lb_hv_vm *vm, int rc)
 {
-    struct maps m = {0};
-    int rc = find(vm, &m, err);
-    free(m.v);
     if (rc < 0) {
         lb_qemu_free_blocks(vm);
         return -1;
@@ -359,6 +346,40 @@ int lb_qemu_find_blocks(struct lb_hv_vm *vm, struct lb_error *err)
     for (unsigned i = 0; i < vm->n_blocks; i++)
         vm->table[i] = vm->blocks[i].pub;
     return 0;
+}
+
+static int find(struct lb_hv_vm *vm, struct maps *m, struct lb_error *err)
+{
+    if (list_blocks(vm, err) < 0)
+        return -1;
+    bool all = true;
+    for (unsigned i = 0; i < vm->n_blocks; i++)
+        all &= vm->blocks[i].pub.hva != 0;
+    if (!all && locate_mapped(vm, err) < 0)
+        return -1;
+    if (read_maps(vm->proc.pid, m, err) < 0)
+        return -1;
+    if (!all)
+        locate_by_size(vm, m);
+    return look_behind_all(vm, m, err);
+}
+
+int lb_qemu_find_blocks(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    struct maps m = {0};
+    int rc = find(vm, &m, err);
+    free(m.v);
+    return made(vm, rc);
+}
+
+int lb_qemu_locate_blocks(struct lb_hv_vm *vm, struct lb_error *err)
+{
+    struct maps m = {0};
+    int rc = read_maps(vm->proc.pid, &m, err);
+    if (rc == 0)
+        rc = look_behind_all(vm, &m, err);
+    free(m.v);
+    return made(vm, rc);
 }
 
 const struct lb_qemu_block *lb_qemu_block(struct lb_hv_vm *vm, const struct lb_ram_block *blk)

@@ -179,6 +179,8 @@ int lb_qemu_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, struct 
 int lb_qemu_run(struct lb_hv_vm *vm, struct lb_error *err)
 {
     uint64_t deadline = lb_now_ns() + LOCK_MS * UINT64_C(1000000);
+    if (lb_qemu_connect(vm, err) < 0)
+        return -1;
     for (;;) {
         struct lb_error why = LB_ERROR_INIT;
         if (lb_qmp_send(vm->qmp, "cont", NULL, -1, NULL, &why) == 0 &&
