@@ -34,7 +34,8 @@ struct lb_ckpt_entry {
 };
 void lb_ckpt_entry_free(struct lb_ckpt_entry *e);
 
-/* Sorted by VM, then number. vm NULL: all. *v malloc'ed; each to be freed. */
+/* An entry's vm and number (also in info.meta) are those of its place, whatever the file was called where it was made.
+ * Sorted by VM, then number. vm NULL: all. *v malloc'ed; each to be freed. */
 int lb_catalog_list(const char *dir, const char *vm, const struct lb_ckpt_key *key, struct lb_ckpt_entry **v,
                     unsigned *n, struct lb_error *err);
 /* LB_E_NOT_FOUND names what there is. */
@@ -55,11 +56,12 @@ char *lb_catalog_suspend_path(const char *dir, const char *vm); /* caller frees 
 /* The latest checkpoint that an increment can stand on: readable with this key, chain whole, no suspend. NOT_FOUND. */
 int lb_catalog_latest(const char *dir, const char *vm, const struct lb_ckpt_key *key, struct lb_ckpt_entry *out,
                       struct lb_error *err);
-/* Where the images of a checkpoint are now. */
+/* Where the images of a checkpoint are now. Say it before its file has its name, best before the disks are frozen:
+ * when nothing comes of the checkpoint, its frozen images are joined by the next removal like those of one that went. */
 int lb_catalog_set_disks(const char *dir, const char *vm, uint32_t number, const struct lb_ckpt_disk *v, unsigned n,
                          struct lb_error *err);
 /* An image that stands on (has as backing file) an image of a checkpoint: a restored VM's, a clone's. user: VM's name;
- * on false: no longer. */
+ * on false: no longer (an image that is deleted counts as that). Hold the lock from before the image is made. */
 int lb_catalog_use_image(const char *dir, const char *vm, const char *image, const char *user, bool on,
                          struct lb_error *err);
 /* Joins images of checkpoints that go: `top` goes into `base` (files; the guest sees no difference), after which
@@ -87,7 +89,9 @@ int lb_catalog_prunable(const char *dir, const char *vm, const struct lb_ckpt_ke
                         uint64_t max_age_ms, bool labelled, uint32_t **v, unsigned *n, struct lb_error *err);
 
 /* ---- to and from elsewhere. A folder: checkpoint.lbc (full: the chain in one file) and disk-K.qcow2 per disk
- * (qemu-img convert of the frozen image), manifest.json. Import gives it a number of VM (as: NULL = the meta's). */
+ * (qemu-img convert of the frozen image), manifest.json with the SHA-256 of each. An encrypted checkpoint stays
+ * encrypted, its disks are as plain as they were. `to` must not exist, or be empty. Import takes the lock itself and gives
+ * it a number of VM (as: NULL = the manifest's); its disks are DIR/VM/disk-N-K.qcow2. */
 int lb_catalog_export(const char *dir, const struct lb_ckpt_entry *e, const struct lb_ckpt_key *key,
                       const char *to, bool no_disk, void (*progress)(uint64_t done, uint64_t total, void *arg),
                       void *arg, int cancel_fd, struct lb_error *err);
