@@ -105,7 +105,7 @@ struct lb_launch_opts {
     const char *emulator;            /* NULL: same path as the source's */
     const struct lb_path_map *paths; /* sockets, files */
     unsigned n_paths;
-    const struct lb_path_map *taps;  /* whole-name replacement of ifname= */
+    const struct lb_path_map *taps;  /* whole-name replacement of ifname=; to "": a tap that is connected to nothing */
     unsigned n_taps;
     /* Disks whose image is another one than the command line says (an overlay took its place, or a
      * clone has its own): by the file name on the command line. After `paths`. */
@@ -304,7 +304,8 @@ struct lb_hv_ops {
     /* Without a handle, for recovery after a crash: is that VM or receiver there, in
      * whatever state?  Identity by proc (QEMU) or by what ident.qmp_path names. */
     bool (*exists)(const struct lb_vm_ident *ident);
-    /* End it, in whatever state; on 0 it is gone. Gone already is success. */
+    /* End it, in whatever state; on 0 it is gone. Gone already is success. proc.pid 0: a receiver that may have been
+     * started with RUN_DIR/qmp.sock = qmp_path by somebody who did not live to note it. */
     int (*end)(const struct lb_vm_ident *ident, struct lb_error *err);
     /* Stop tracking and throttling, close, free. VM stays as it is. NULL is fine. */
     void (*detach)(struct lb_hv_vm *vm);

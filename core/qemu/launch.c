@@ -283,14 +283,40 @@ static uint64_t parse_m(const char *value)
     return last >= '0' && last <= '9' ? n << 20 : n; /* a plain number is MiB */
 }
 
-/* Value of a -netdev, -nic or -net with tap names of this host. */
+/* NULL: the name stays. */
+static const char *mapped_tap(const struct derive *d, const char *ifname)
+{
+    for (unsigned i = 0; ifname && i < d->opts->n_taps; i++)
+        if (strcmp(ifname, d->opts->taps[i].from) == 0)
+            return d->opts->taps[i].to;
+    return NULL;
+}
+
+/* Value of a -netdev, -nic or -net with tap names of this host. Connected to nothing is still a tap, one that QEMU
+ * makes for itself: another back end lacks the offloads that the state of the guest's card relies on. */
 static char *map_tap(const struct derive *d, const char *value)
 {
     LB_AUTO_FREE char *ifname = lb_qemu_prop(value, "ifname");
-    for (unsigned i = 0; ifname && i < d->opts->n_taps; i++)
-        if (strcmp(ifname, d->opts->taps[i].from) == 0)
-            return lb_qemu_prop_set(value, "ifname", d->opts->taps[i].to);
-    return lb_strdup(value);
+    const char *to = mapped_tap(d, ifname);
+    if (!to)
+        return lb_strdup(value);
+    if (*to)
+        return lb_qemu_prop_set(value, "ifname", to);
+    LB_AUTO_FREE char *bare = lb_qemu_prop_set(value, "ifname", NULL);
+    LB_AUTO_FREE char *up = lb_qemu_prop_set(bare, "script", "no");
+    return lb_qemu_prop_set(up, "downscript", "no");
+}
+
+static void map_tap_json(const struct derive *d, json_t *j)
+{
+    const char *to = mapped_tap(d, json_string_value(json_object_get(j, "ifname")));
+    if (to && *to) {
+        json_object_set_new(j, "ifname", json_string(to));
+    } else if (to) {
+        json_object_del(j, "ifname");
+        json_object_set_new(j, "script", json_string("no"));
+        json_object_set_new(j, "downscript", json_string("no"));
+    }
 }
 
 static int take_json(struct derive *d, const struct lb_qemu_opt *o, struct lb_error *err)
@@ -303,12 +329,7 @@ static int take_json(struct derive *d, const struct lb_qemu_opt *o, struct lb_er
         is_memory_type(json_string_value(json_object_get(j, "qom-type"))))
         memfd_backend_json(j);
     map_json(d->opts, j);
-    json_t *ifname = json_object_get(j, "ifname");
-    for (unsigned i = 0; ifname && i < d->opts->n_taps; i++)
-        if (strcmp(json_string_value(ifname), d->opts->taps[i].from) == 0) {
-            json_object_set_new(j, "ifname", json_string(d->opts->taps[i].to));
-            break;
-        }
+    map_tap_json(d, j);
     char *text = json_dumps(j, JSON_COMPACT);
     json_decref(j);
     lb_qemu_opts_add(&d->out, o->name, text);

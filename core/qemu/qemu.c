@@ -12,6 +12,7 @@
 #include "core/qemu/qemu_internal.h"
 
 #include <assert.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -382,9 +383,34 @@ static bool exists(const struct lb_vm_ident *id)
     return lb_proc_alive(&id->proc);
 }
 
+/* Of a receiver that was started by somebody who died before he could write it down: its control socket, which is on
+ * its command line, tells. False: none. */
+static bool find_by_socket(const char *path, struct lb_proc_id *out)
+{
+    LB_AUTO_FREE char *set = lb_qemu_prop_set("", "path", path); /* commas doubled */
+    DIR *d = opendir("/proc");
+    bool found = false;
+    for (struct dirent *e; d && !found && (e = readdir(d));) {
+        char **argv = NULL;
+        pid_t pid = (pid_t)atoi(e->d_name);
+        if (pid <= 0 || lb_proc_cmdline(pid, &argv, NULL) < 0)
+            continue;
+        for (char **a = argv; *a && !found; a++)
+            found = strncmp(*a, "socket,id=lb-qmp,", 17) == 0 && strstr(*a, set) &&
+                    lb_proc_identify(pid, out, NULL) == 0;
+        lb_strv_free(argv);
+    }
+    if (d)
+        closedir(d);
+    return found;
+}
+
 static int end(const struct lb_vm_ident *id, struct lb_error *err)
 {
-    if (lb_proc_kill(&id->proc, 10000, err) < 0)
+    struct lb_proc_id proc = id->proc;
+    if (proc.pid == 0 && id->qmp_path && !find_by_socket(id->qmp_path, &proc))
+        return 0;
+    if (lb_proc_kill(&proc, 10000, err) < 0)
         return -1;
     if (id->qmp_path)
         unlink(id->qmp_path); /* a killed QEMU leaves it */
