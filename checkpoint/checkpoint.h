@@ -100,6 +100,7 @@ struct lb_restore_result {
     double running_ms;               /* from the call to the guest running */
     double total_ms;
     uint64_t ram_bytes, placed_bytes;
+    char note[256];                  /* what the user must know; "" nothing */
 };
 /* `resume` is this with the ref NAME@suspend and the VM's own name. When it returns with `filling`, call lb_ckpt_fill
  * in the same process (f takes it along), else it is complete. on_running: the guest runs (lazy: long before the end). */
@@ -119,9 +120,11 @@ struct lb_clone_opts {
     unsigned count;                  /* 1..256 */
     char name[100];                  /* clones are NAME-1, NAME-2 ... (numbers in use are left out); "": the VM's name */
     char tap[16];                    /* "%d" in it is the clone's number: tap of its first card, "T%d", "T%d-2" ...; "":
-                                        the cards of clones are on taps named OLD-N when those exist, else their link is down */
+                                        the cards of clones are on taps named OLD-N when those exist, else on a tap that
+                                        is connected to nothing */
     struct lb_ckpt_key *key;
 };
+/* Filled whatever is returned: those that run stay when one fails. */
 struct lb_clone_result {
     unsigned n;                      /* that run */
     char (*names)[128];              /* malloc'ed */

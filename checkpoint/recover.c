@@ -4,6 +4,7 @@
  * Every step can be repeated: what was begun is found again by the entry, the record (take.h) and the file, and the
  * entry changes last.
  */
+#include "checkpoint/restore_internal.h"
 #include "checkpoint/take.h"
 
 #include <errno.h>
@@ -158,7 +159,8 @@ static int recover_suspended(struct recovery *r, struct lb_error *err)
 
 static int recover_restoring(struct recovery *r, struct lb_error *err)
 {
-    if (lb_hv_exists(r->env->hv, &r->id) && lb_hv_end(r->env->hv, &r->id, err))
+    /* Asked even when no process is known: it may have been started and not written down. */
+    if (lb_hv_end(r->env->hv, &r->id, err) || lb_restore_drop_disks(r->env, r->e.name, err))
         return -1;
     if (is_own_suspend(&r->e)) {
         snprintf(r->text, 512, "%s: suspended; an unfinished resume was removed", r->e.name);

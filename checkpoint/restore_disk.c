@@ -1,0 +1,219 @@
+/*
+ * checkpoint/restore_disk.c - disks of a restored VM: overlays on the images of the checkpoint.
+ *
+ *      VM web, running          web.qcow2 <- web.lb-1.qcow2 <- web.lb-2.qcow2     (web@1, web@2: frozen; the last one active)
+ *      restored as test              \<- test.lb-1.qcow2
+ *
+ * An overlay is beside the image it stands on and belongs to the new VM for good; the catalog knows that it stands there
+ * (so that pruning leaves the image), and vms/NAME/overlays lists those that no VM uses yet, one "CATALOG-VM PATH" a
+ * line, so that a crash leaves none behind.  The paths are reserved first, with O_EXCL: what is listed is ours.
+ */
+#include "checkpoint/restore_internal.h"
+
+#include "core/host.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define LIST_MAX_BYTES (1u << 20)
+#define CATALOG_WAIT_MS 30000u
+#define QEMU_IMG_MS 20000u
+#define MAX_OVERLAY 10000u
+
+static const char *const qemu_img_paths[] = {"/usr/bin/qemu-img", "/usr/local/bin/qemu-img", "/bin/qemu-img"};
+
+static char *list_path(const struct lb_ckpt_env *env, const char *name)
+{
+    LB_AUTO_FREE char *dir = lb_vm_dir(env->state_dir, name, false);
+
+    return lb_asprintf("%s/overlays", dir);
+}
+
+/* --------------------------------------------------------------------- catalog */
+
+/* VM's images are the catalog's business only when the catalog has a folder of it. */
+static int set_users(const struct lb_ckpt_env *env, const char *vm, char *const *images, const char *user, bool on,
+                     struct lb_error *err)
+{
+    LB_AUTO_FREE char *dir = lb_asprintf("%s/%s", env->catalog_dir, vm);
+    LB_AUTO_FD int lock = -1;
+    int rc = 0;
+
+    if (access(dir, F_OK) < 0)
+        return 0;
+    lock = lb_catalog_lock(env->catalog_dir, vm, CATALOG_WAIT_MS, err);
+    if (lock < 0)
+        return -1;
+    for (; *images && !rc; images++)
+        rc = lb_catalog_use_image(env->catalog_dir, vm, *images, user, on, err);
+    return rc;
+}
+
+/* ------------------------------------------------------------------------ list */
+
+static int write_list(const struct lb_restore *r, struct lb_error *err)
+{
+    LB_AUTO_FREE char *path = list_path(r->env, r->entry.name);
+    char *text = lb_strdup("");
+    int rc;
+
+    for (char **o = r->overlays; *o; o++) {
+        char *more = lb_asprintf("%s%s %s\n", text, r->ck.vm, *o);
+        free(text);
+        text = more;
+    }
+    rc = lb_file_write_atomic(path, text, strlen(text), 0600, err);
+    free(text);
+    return rc;
+}
+
+static int drop_overlay(const struct lb_ckpt_env *env, const char *name, char *line, struct lb_error *err)
+{
+    char *image = strchr(line, ' ');
+    char *images[2] = {NULL, NULL};
+
+    if (!image || strchr(image + 1, '\n'))
+        return lb_fail(err, LB_E_STATE, "the list of overlays of VM %s is damaged", name);
+    *image++ = '\0';
+    images[0] = image;
+    if (unlink(image) < 0 && errno != ENOENT)
+        return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot remove %s", image);
+    return set_users(env, line, images, name, false, err);
+}
+
+int lb_restore_drop_disks(const struct lb_ckpt_env *env, const char *name, struct lb_error *err)
+{
+    LB_AUTO_FREE char *path = list_path(env, name);
+    LB_AUTO_FREE char *text = NULL;
+    struct lb_error why = LB_ERROR_INIT;
+    char *save = NULL;
+
+    if (lb_file_read(path, LIST_MAX_BYTES, &text, NULL, &why)) {
+        if (why.code == LB_E_NOT_FOUND)
+            return 0;
+        if (err)
+            *err = why;
+        return -1;
+    }
+    for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
+        if (drop_overlay(env, name, line, err))
+            return -1;
+    lb_restore_keep_disks(env, name);
+    return 0;
+}
+
+void lb_restore_keep_disks(const struct lb_ckpt_env *env, const char *name)
+{
+    LB_AUTO_FREE char *path = list_path(env, name);
+
+    if (unlink(path) < 0 && errno != ENOENT)
+        lb_log(LB_LOG_WARN, "cannot remove %s: %s", path, strerror(errno));
+}
+
+/* -------------------------------------------------------------------- overlays */
+
+static const char *qemu_img(void)
+{
+    for (unsigned i = 0; i < LB_ARRAY_LEN(qemu_img_paths); i++)
+        if (access(qemu_img_paths[i], X_OK) == 0)
+            return qemu_img_paths[i];
+    return NULL;
+}
+
+/* An empty file NAME.lb-N.qcow2 beside the image, with its owner and its mode. */
+static char *reserve(const struct lb_restore *r, const char *image, struct lb_error *err)
+{
+    LB_AUTO_FREE char *dir = lb_host_parent(image);
+    const struct lb_vm_desc *d = &r->ck.info.meta.desc;
+    struct stat st;
+
+    if (stat(image, &st) < 0)
+        return lb_fail_errno(err, LB_E_NOT_FOUND, errno, "disk %s", image), NULL;
+    for (unsigned n = 1; n <= MAX_OVERLAY; n++) {
+        LB_AUTO_FREE char *path = lb_asprintf("%s/%s.lb-%u.qcow2", dir, r->entry.name, n);
+        LB_AUTO_FD int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+        if (fd < 0 && errno == EEXIST)
+            continue;
+        if (fd < 0) {
+            lb_fail_errno(err, LB_E_PREFLIGHT, errno, "cannot make an overlay of disk %s", image);
+            lb_remedy(err, "the folder of the image must be writable: the disk of the restored VM is made there");
+            return NULL;
+        }
+        if (geteuid() == 0 && fchown(fd, d->uid, d->gid) < 0) {
+            lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot give %s to user %u", path, d->uid);
+            unlink(path);
+            return NULL;
+        }
+        fchmod(fd, (st.st_mode & 0777) | 0600);
+        return LB_STEAL_PTR(path);
+    }
+    return lb_fail(err, LB_E_EXISTS, "there are too many overlays of VM %s in %s", r->entry.name, dir), NULL;
+}
+
+/* The base is not opened (-u), and so not locked: it may be in use below another VM's overlay. */
+static int create(const char *overlay, const struct lb_ckpt_disk *d, struct lb_error *err)
+{
+    LB_AUTO_FREE char *size = lb_asprintf("%llu", (unsigned long long)d->size_bytes);
+    LB_AUTO_FREE char *said = NULL;
+    const char *img = qemu_img();
+    const char *const argv[] = {img, "create", "-q", "-u", "-f", "qcow2", "-F", d->format,
+                                "-b", d->path, overlay, size, NULL};
+    LB_AUTO_FD int fd = -1;
+
+    if (!img) {
+        lb_fail(err, LB_E_NOT_FOUND, "qemu-img is not on this host");
+        return lb_remedy(err, "install qemu-utils");
+    }
+    if (lb_host_run(argv, QEMU_IMG_MS, &said, err))
+        return lb_context(err, "cannot make the overlay %s", overlay);
+    fd = open(overlay, O_RDONLY | O_CLOEXEC);
+    return fd < 0 || fsync(fd) < 0 ? lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot sync %s", overlay) : 0;
+}
+
+static int make_overlays(struct lb_restore *r, struct lb_error *err)
+{
+    const struct lb_ckpt_entry *ck = &r->ck;
+
+    r->overlays = lb_alloc(sizeof(*r->overlays) * (ck->n_disks + 1));
+    for (unsigned i = 0; i < ck->n_disks; i++) {
+        r->overlays[i] = reserve(r, ck->disks[i].path, err);
+        if (!r->overlays[i])
+            return -1;
+    }
+    if (write_list(r, err) || set_users(r->env, ck->vm, r->overlays, r->entry.name, true, err))
+        return -1;
+    for (unsigned i = 0; i < ck->n_disks; i++) {
+        if (create(r->overlays[i], &ck->disks[i], err))
+            return -1;
+        r->disks[i] = (struct lb_disk_map){.argv_path = (char *)ck->disks[i].argv_path, .path = r->overlays[i],
+                                           .format = (char *)"qcow2"};
+    }
+    return 0;
+}
+
+static void unreserve(struct lb_restore *r)
+{
+    for (char **o = r->overlays; *o; o++)
+        unlink(*o);
+    lb_restore_drop_disks(r->env, r->entry.name, NULL);
+}
+
+int lb_restore_disks(struct lb_restore *r, struct lb_error *err)
+{
+    const struct lb_ckpt_entry *ck = &r->ck;
+
+    lb_restore_keep_disks(r->env, r->entry.name); /* those of an earlier VM of that name */
+    if (ck->info.meta.no_disk || !ck->n_disks)
+        return 0;
+    r->disks = lb_alloc(sizeof(*r->disks) * ck->n_disks);
+    for (unsigned i = 0; r->own && i < ck->n_disks; i++)
+        r->disks[i] = (struct lb_disk_map){.argv_path = (char *)ck->disks[i].argv_path,
+                                           .path = (char *)ck->disks[i].path, .format = (char *)ck->disks[i].format};
+    if (r->own || !make_overlays(r, err))
+        return 0;
+    unreserve(r);
+    return -1;
+}
