@@ -10,6 +10,7 @@
  */
 #include "checkpoint/restore_internal.h"
 
+#include "checkpoint/catalog_internal.h"
 #include "core/host.h"
 
 #include <errno.h>
@@ -19,10 +20,7 @@
 
 #define LIST_MAX_BYTES (1u << 20)
 #define CATALOG_WAIT_MS 30000u
-#define QEMU_IMG_MS 20000u
 #define MAX_OVERLAY 10000u
-
-static const char *const qemu_img_paths[] = {"/usr/bin/qemu-img", "/usr/local/bin/qemu-img", "/bin/qemu-img"};
 
 static char *list_path(const struct lb_ckpt_env *env, const char *name)
 {
@@ -114,14 +112,6 @@ void lb_restore_keep_disks(const struct lb_ckpt_env *env, const char *name)
 
 /* -------------------------------------------------------------------- overlays */
 
-static const char *qemu_img(void)
-{
-    for (unsigned i = 0; i < LB_ARRAY_LEN(qemu_img_paths); i++)
-        if (access(qemu_img_paths[i], X_OK) == 0)
-            return qemu_img_paths[i];
-    return NULL;
-}
-
 /* An empty file NAME.lb-N.qcow2 beside the image, with its owner and its mode. */
 static char *reserve(const struct lb_restore *r, const char *image, struct lb_error *err)
 {
@@ -154,22 +144,15 @@ static char *reserve(const struct lb_restore *r, const char *image, struct lb_er
 }
 
 /* The base is not opened (-u), and so not locked: it may be in use below another VM's overlay. */
-static int create(const char *overlay, const struct lb_ckpt_disk *d, struct lb_error *err)
+static int create(const struct lb_restore *r, const char *overlay, const struct lb_ckpt_disk *d, struct lb_error *err)
 {
     LB_AUTO_FREE char *size = lb_asprintf("%llu", (unsigned long long)d->size_bytes);
-    LB_AUTO_FREE char *said = NULL;
-    const char *img = qemu_img();
-    const char *const argv[] = {img, "create", "-q", "-u", "-f", "qcow2", "-F", d->format,
+    const char *const argv[] = {LB_QEMU_IMG, "create", "-q", "-u", "-f", "qcow2", "-F", d->format,
                                 "-b", d->path, overlay, size, NULL};
-    LB_AUTO_FD int fd = -1;
 
-    if (!img) {
-        lb_fail(err, LB_E_NOT_FOUND, "qemu-img is not on this host");
-        return lb_remedy(err, "install qemu-utils");
-    }
-    if (lb_host_run(argv, QEMU_IMG_MS, &said, err))
-        return lb_context(err, "cannot make the overlay %s", overlay);
-    fd = open(overlay, O_RDONLY | O_CLOEXEC);
+    if (lb_qemu_img(argv, NULL, r->env->cancel_fd, err))
+        return -1;
+    LB_AUTO_FD int fd = open(overlay, O_RDONLY | O_CLOEXEC);
     return fd < 0 || fsync(fd) < 0 ? lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot sync %s", overlay) : 0;
 }
 
@@ -186,7 +169,7 @@ static int make_overlays(struct lb_restore *r, struct lb_error *err)
     if (write_list(r, err) || set_users(r->env, ck->vm, r->overlays, r->entry.name, true, err))
         return -1;
     for (unsigned i = 0; i < ck->n_disks; i++) {
-        if (create(r->overlays[i], &ck->disks[i], err))
+        if (create(r, r->overlays[i], &ck->disks[i], err))
             return -1;
         r->disks[i] = (struct lb_disk_map){.argv_path = (char *)ck->disks[i].argv_path, .path = r->overlays[i],
                                            .format = (char *)"qcow2"};
