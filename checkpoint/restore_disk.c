@@ -147,7 +147,7 @@ static char *reserve(const struct lb_restore *r, const char *image, struct lb_er
 static int create(const struct lb_restore *r, const char *overlay, const struct lb_ckpt_disk *d, struct lb_error *err)
 {
     LB_AUTO_FREE char *size = lb_asprintf("%llu", (unsigned long long)d->size_bytes);
-    const char *const argv[] = {LB_QEMU_IMG, "create", "-q", "-u", "-f", "qcow2", "-F", d->format,
+    const char *const argv[] = {"qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", d->format,
                                 "-b", d->path, overlay, size, NULL};
 
     if (lb_qemu_img(argv, NULL, r->env->cancel_fd, err))
