@@ -304,6 +304,7 @@ int lb_hv_disk_freeze(struct lb_hv_vm *vm, struct lb_error *err)
 
 void lb_hv_disk_overlay_drop(struct lb_hv_vm *vm)
 {
+    assert(!base_of(vm)->saving);
     ops_of(vm)->disk_overlay_drop(vm);
 }
 

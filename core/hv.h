@@ -70,6 +70,7 @@ struct lb_disk_desc {
     bool shareable;    /* share-rw / locking off */
     char *argv_path;   /* by which the command line knows it; differs from path when the image was
                           replaced while the VM ran (overlay, mirror). NULL or "": as path */
+    bool backing;      /* only another image stands on it: the guest never writes it */
 };
 
 /* What a VM is: everything preflight and the launch of a receiver need.
@@ -108,10 +109,14 @@ struct lb_launch_opts {
     const struct lb_path_map *taps;  /* whole-name replacement of ifname=; to "": a tap that is connected to nothing */
     unsigned n_taps;
     /* Disks whose image is another one than the command line says (an overlay took its place, or a
-     * clone has its own): by the file name on the command line. After `paths`. */
+     * clone has its own): by the file name on the source's command line (lb_disk_desc.argv_path, or path
+     * when that is empty). `path` is one of this host, it is not mapped. What is not here follows
+     * desc->disks: argv_path is replaced by path, mapped by `paths`. LB_E_UNSUPPORTED when the command
+     * line has no such disk. */
     const struct lb_disk_map *disks;
     unsigned n_disks;
-    /* Another machine from the same state: what the next boot of the guest should see. NULL/"": as is. */
+    /* Another machine from the same state: what the next boot of the guest should see (the one that runs
+     * keeps the MACs and the UUID that it has in memory). NULL/"": as is. */
     const char *new_name;            /* of the VM: -name */
     const char *new_uuid;
     const char *mac_seed;            /* new MACs (locally administered), a function of this and the old one */

@@ -177,6 +177,7 @@ static void disks_to_proto(const struct lb_vm_desc *d, Lb__VmDescription *p)
         k->read_only = d->disks[i].read_only;
         k->shareable = d->disks[i].shareable;
         k->argv_path = text_or_empty(d->disks[i].argv_path);
+        k->backing = d->disks[i].backing;
     }
 }
 
@@ -261,6 +262,7 @@ int lb_desc_from_proto(const Lb__VmDescription *p, struct lb_vm_desc *out, struc
             .read_only = k->read_only,
             .shareable = k->shareable,
             .argv_path = lb_strdup(k->argv_path),
+            .backing = k->backing,
         };
     }
     *out = d;

@@ -218,14 +218,67 @@ static bool have_disk(const struct look *l, const char *path)
     return false;
 }
 
-static void add_disk(struct look *l, const char *id, const char *path, const char *format,
-                     bool read_only, bool shareable)
+static struct lb_disk_desc *add_disk(struct look *l, const char *id, const char *path,
+                                     const char *format, bool read_only)
 {
     struct lb_vm_desc *d = l->out;
     d->disks = lb_realloc(d->disks, (d->n_disks + 1) * sizeof(*d->disks));
-    d->disks[d->n_disks++] = (struct lb_disk_desc){lb_strdup(id ? id : ""), lb_strdup(path),
-                                                   lb_strdup(format ? format : ""), read_only,
-                                                   shareable, NULL};
+    struct lb_disk_desc *k = &d->disks[d->n_disks++];
+    bool plain = format && (strcmp(format, "file") == 0 || strcmp(format, "host_device") == 0);
+    *k = (struct lb_disk_desc){.id = lb_strdup(id ? id : ""), .path = lb_strdup(path),
+                               .format = lb_strdup(plain ? "raw" : format ? format : ""),
+                               .read_only = read_only};
+    return k;
+}
+
+/* One disk as it is now, and what the command line calls it. */
+static void look_at_disk(struct look *l, const struct lb_qemu_images *images, const json_t *all,
+                         const json_t *b, bool daemonized)
+{
+    const json_t *in = json_object_get(b, "inserted");
+    const char *name = str(in, "file");
+    if (!name || !*name)
+        return;
+    LB_AUTO_FREE char *id = lb_qemu_disk_id(b);
+    LB_AUTO_FREE char *file = lb_qemu_image_file(name);
+    const struct lb_qemu_image *first = lb_qemu_image_of(&l->opts, images, all, b);
+    struct lb_disk_desc *k = add_disk(l, id, file ? file : name, str(in, "drv"),
+                                      json_is_true(json_object_get(in, "ro")));
+    k->shareable = strstr(name, "\"locking\": \"off\"") || lb_qemu_share_rw(l->vm, str(b, "qdev"));
+    if (file && first && first->path) {
+        if (strcmp(first->path, file) != 0)
+            k->argv_path = lb_strdup(first->path);
+    } else if (strncmp(name, "json:", 5) != 0 && !on_command_line(l, k->path)) {
+        block(l, "disk %s (%s): it was attached or changed after the start, so a receiver would start "
+                 "without it: restart the VM with it on the command line", k->id, k->path);
+    }
+    if (daemonized && file && file[0] != '/')
+        block(l, "disk %s (%s): its relative path belongs to a directory that -daemonize left: restart "
+                 "the VM with an absolute path", k->id, k->path);
+}
+
+static bool made_ready(const struct look *l, const char *path)
+{
+    for (unsigned i = 0; i < l->vm->n_overlays; i++)
+        if (strcmp(lb_qemu_overlay_path(l->vm, i), path) == 0)
+            return true;
+    return false;
+}
+
+/* Files that other images stand on, and nodes without a device. */
+static void look_at_backing(struct look *l)
+{
+    json_t *all = try_query(l, "query-named-block-nodes", NULL), *n;
+    size_t i;
+    json_array_foreach(all, i, n)
+    {
+        const char *drv = str(n, "drv"), *file = str(n, "file");
+        if (drv && file && (strcmp(drv, "file") == 0 || strcmp(drv, "host_device") == 0) &&
+            !have_disk(l, file) && !made_ready(l, file))
+            add_disk(l, str(n, "node-name"), file, drv, json_is_true(json_object_get(n, "ro")))->backing =
+                true;
+    }
+    json_decref(all);
 }
 
 static void look_at_disks(struct look *l)
@@ -234,37 +287,14 @@ static void look_at_disks(struct look *l)
     for (unsigned i = 0; i < l->opts.n; i++)
         daemonized |= lb_qemu_opt_is(&l->opts.v[i], "daemonize");
     json_t *all = try_query(l, "query-block", NULL), *b;
+    struct lb_qemu_images images;
     size_t i;
+    lb_qemu_images_scan(&l->opts, &images);
     json_array_foreach(all, i, b)
-    {
-        json_t *in = json_object_get(b, "inserted");
-        const char *file = str(in, "file"), *dev = str(b, "device"), *qdev = str(b, "qdev");
-        const char *id = dev && *dev ? dev : qdev ? qdev : str(in, "node-name");
-        if (!file || !*file)
-            continue;
-        const char *lock = strstr(file, "\"locking\": \"off\"");
-        add_disk(l, id, file, str(in, "drv"), json_is_true(json_object_get(in, "ro")),
-                 lock || lb_qemu_share_rw(l->vm, qdev));
-        if (strncmp(file, "json:", 5) != 0 && !on_command_line(l, file))
-            block(l, "disk %s (%s): it was attached or changed after the start, so a receiver would "
-                     "start without it: restart the VM with it on the command line", id, file);
-        if (daemonized && file[0] != '/' && !strchr(file, ':'))
-            block(l, "disk %s (%s): its relative path belongs to a directory that -daemonize left: "
-                     "restart the VM with an absolute path", id, file);
-    }
+        look_at_disk(l, &images, all, b, daemonized);
+    lb_qemu_images_free(&images);
     json_decref(all);
-    /* backing files and nodes without a device */
-    all = try_query(l, "query-named-block-nodes", NULL);
-    json_array_foreach(all, i, b)
-    {
-        const char *drv = str(b, "drv"), *file = str(b, "file");
-        if (!drv || !file || (strcmp(drv, "file") != 0 && strcmp(drv, "host_device") != 0))
-            continue;
-        if (!have_disk(l, file))
-            add_disk(l, str(b, "node-name"), file, drv, json_is_true(json_object_get(b, "ro")),
-                     false);
-    }
-    json_decref(all);
+    look_at_backing(l);
 }
 
 /* --------------------------------------------------------------- blockers */

@@ -47,33 +47,87 @@ bool lb_qemu_share_rw(struct lb_hv_vm *vm, const char *qdev)
     return share;
 }
 
-/* A path of this host; "" when the disk is something else (nbd://..., json:...). */
-static void disk_path(char out[512], pid_t pid, const char *file)
+/* "json:{...}" is QEMU's name for what a plain name cannot say: the file is at the end of it. */
+char *lb_qemu_image_file(const char *name)
+{
+    if (!name || !*name)
+        return NULL;
+    if (strncmp(name, "json:", 5) != 0) {
+        size_t scheme = strcspn(name, ":/");
+        return name[scheme] == ':' ? NULL : lb_strdup(name);
+    }
+    json_t *top = json_loads(name + 5, 0, NULL), *j = top;
+    while (json_is_object(json_object_get(j, "file")))
+        j = json_object_get(j, "file");
+    const char *driver = str(j, "driver");
+    bool file = driver && (strcmp(driver, "file") == 0 || strcmp(driver, "host_device") == 0);
+    char *path = file ? lb_strdup(str(j, "filename")) : NULL;
+    json_decref(top);
+    return path;
+}
+
+void lb_qemu_disk_path(char out[512], pid_t pid, const char *name)
 {
     char link[64], cwd[256];
+    LB_AUTO_FREE char *file = lb_qemu_image_file(name);
     out[0] = 0;
+    if (!file)
+        return;
     if (file[0] == '/') {
         snprintf(out, 512, "%s", file);
-    } else if (!strchr(file, ':')) {
-        snprintf(link, sizeof(link), "/proc/%d/cwd", (int)pid);
-        ssize_t n = readlink(link, cwd, sizeof(cwd) - 1);
-        if (n > 0)
-            snprintf(out, 512, "%.*s/%.250s", (int)n, cwd, file);
+        return;
     }
+    snprintf(link, sizeof(link), "/proc/%d/cwd", (int)pid);
+    ssize_t n = readlink(link, cwd, sizeof(cwd) - 1);
+    if (n > 0)
+        snprintf(out, 512, "%.*s/%.250s", (int)n, cwd, file);
+}
+
+char *lb_qemu_disk_id(const json_t *entry)
+{
+    static const char named[] = "/machine/peripheral/", inner[] = "/virtio-backend";
+    const char *drive = str(entry, "device"), *qdev = str(entry, "qdev");
+    if (drive && *drive)
+        return lb_strdup(drive);
+    if (!qdev)
+        return lb_strdup(str(json_object_get(entry, "inserted"), "node-name"));
+    if (strncmp(qdev, named, strlen(named)) == 0)
+        qdev += strlen(named);
+    size_t n = strlen(qdev), less = strlen(inner);
+    bool shorter = n > less && strcmp(qdev + n - less, inner) == 0;
+    return lb_asprintf("%.*s", (int)(shorter ? n - less : n), qdev);
+}
+
+json_t *lb_qemu_disk_entry(struct lb_hv_vm *vm, const char *id, struct lb_error *err)
+{
+    json_t *all = NULL, *b, *found = NULL;
+    size_t i;
+    if (lb_qmp_cmd(vm->qmp, "query-block", NULL, &all, err) < 0)
+        return NULL;
+    json_array_foreach(all, i, b)
+    {
+        LB_AUTO_FREE char *have = lb_qemu_disk_id(b);
+        if (!found && have && strcmp(have, id) == 0)
+            found = json_incref(b);
+    }
+    json_decref(all);
+    if (!found)
+        lb_fail(err, LB_E_NOT_FOUND, "VM %s has no disk %s", vm->name, id);
+    return found;
 }
 
 static bool take_disk(struct lb_hv_vm *vm, const json_t *b, struct lb_hv_disk *d)
 {
     const json_t *in = json_object_get(b, "inserted"), *image = json_object_get(in, "image");
-    const char *dev = str(b, "device"), *node = str(in, "node-name"), *file = str(in, "file");
-    const char *id = dev && *dev ? dev : node;
+    const char *file = str(in, "file");
+    LB_AUTO_FREE char *id = lb_qemu_disk_id(b);
     if (!in || !id || json_is_true(json_object_get(in, "ro")))
         return false; /* an empty drive, or nothing that changes */
     *d = (struct lb_hv_disk){0};
     snprintf(d->id, sizeof(d->id), "%s", id);
     snprintf(d->format, sizeof(d->format), "%s", str(in, "drv") ? str(in, "drv") : "");
     d->size_bytes = (uint64_t)json_integer_value(json_object_get(image, "virtual-size"));
-    disk_path(d->path, vm->proc.pid, file ? file : "");
+    lb_qemu_disk_path(d->path, vm->proc.pid, file);
     d->shareable = (file && strstr(file, "\"locking\": \"off\"")) ||
                    lb_qemu_share_rw(vm, str(b, "qdev"));
     return true;
@@ -96,7 +150,7 @@ int lb_qemu_disks(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, str
 
 /* --------------------------------------------------------------- mirrors */
 
-static void mirror_name(char name[20], const char *id)
+void lb_qemu_mirror_name(char name[20], const char *id)
 {
     snprintf(name, 20, "lb-m%08x", (unsigned)(XXH3_64bits(id, strlen(id)) & 0xffffffffu));
 }
@@ -112,7 +166,7 @@ static struct lb_qemu_mirror *find_mirror(struct lb_hv_vm *vm, const char *name)
 static struct lb_qemu_mirror *mirror_of(struct lb_hv_vm *vm, const char *id)
 {
     char name[20];
-    mirror_name(name, id);
+    lb_qemu_mirror_name(name, id);
     return find_mirror(vm, name);
 }
 
@@ -121,7 +175,7 @@ static struct lb_qemu_mirror *add_mirror(struct lb_hv_vm *vm, const char *id)
     vm->mirrors = lb_realloc(vm->mirrors, (vm->n_mirrors + 1) * sizeof(*vm->mirrors));
     struct lb_qemu_mirror *m = &vm->mirrors[vm->n_mirrors++];
     *m = (struct lb_qemu_mirror){.ready = false};
-    mirror_name(m->name, id);
+    lb_qemu_mirror_name(m->name, id);
     return m;
 }
 
@@ -207,8 +261,13 @@ int lb_qemu_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_soc
         return lb_fail(err, LB_E_EXISTS, "disk %s is mirrored already", id);
     if (lb_qemu_disk_mirror_end(vm, id, err) < 0) /* of a session that died */
         return lb_context(err, "an old mirror of disk %s", id);
+    json_t *entry = lb_qemu_disk_entry(vm, id, err);
+    if (!entry)
+        return -1;
+    LB_AUTO_FREE char *disk = quoted(str(json_object_get(entry, "inserted"), "node-name"));
+    json_decref(entry);
     struct lb_qemu_mirror *m = add_mirror(vm, id);
-    LB_AUTO_FREE char *path = quoted(nbd_socket), *name = quoted(export_name), *disk = quoted(id);
+    LB_AUTO_FREE char *path = quoted(nbd_socket), *name = quoted(export_name);
     /* discard and detect-zeroes: what is zero or a hole stays one on the other side */
     char *node = lb_asprintf("{\"driver\":\"nbd\",\"node-name\":\"%s\",\"server\":{\"type\":\"unix\","
                              "\"path\":%s},\"export\":%s,\"reconnect-delay\":0,\"discard\":\"unmap\","
@@ -250,7 +309,7 @@ int lb_qemu_disk_mirror_status(struct lb_hv_vm *vm, const char *id, bool poll,
                                struct lb_mirror_status *out, struct lb_error *err)
 {
     char name[20];
-    mirror_name(name, id);
+    lb_qemu_mirror_name(name, id);
     *out = (struct lb_mirror_status){0};
     if (!find_mirror(vm, name))
         return lb_fail(err, LB_E_STATE, "disk %s is not mirrored", id);
@@ -267,7 +326,7 @@ int lb_qemu_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error
 {
     char name[20];
     struct lb_error why = LB_ERROR_INIT;
-    mirror_name(name, id);
+    lb_qemu_mirror_name(name, id);
     if (!find_mirror(vm, name))
         add_mirror(vm, id); /* of another session: its events matter from now on */
     uint64_t deadline = lb_now_ns() + END_MS * UINT64_C(1000000);

@@ -7,6 +7,7 @@
  *   - -incoming defer -S and a control socket in run_dir (ids "lb-...", which is how
  *     they are recognised and dropped when the VM moves on);
  *   - paths and tap names mapped to this host's;
+ *   - images that took the place of the command line's (overlays) instead of those;
  *   - what needs a terminal or a desktop replaced by what does not: serial ports and
  *     chardevs on stdio write to files in RUN_DIR, monitors on stdio and windows are gone.
  *
@@ -414,6 +415,61 @@ static int take(struct derive *d, const struct lb_qemu_opt *o, struct lb_error *
     return 0;
 }
 
+/* A path of the source's command line as it is after take(). */
+static char *mapped(const struct derive *d, const char *path)
+{
+    LB_AUTO_FREE char *element = lb_qemu_prop_set("", "f", path); /* commas doubled, as they are there */
+    LB_AUTO_FREE char *list = map_list(d->opts, element);
+    return lb_qemu_prop(list, "f");
+}
+
+static int replace_image(struct derive *d, const char *argv_path, const char *path, const char *format,
+                         struct lb_error *err)
+{
+    struct lb_qemu_images images;
+    LB_AUTO_FREE char *there = mapped(d, argv_path);
+    bool found = false;
+    lb_qemu_images_scan(&d->out, &images);
+    for (unsigned i = 0; i < images.n && !found; i++) {
+        found = images.v[i].path && strcmp(images.v[i].path, there) == 0;
+        if (found)
+            lb_qemu_image_replace(&d->out, &images.v[i], path, format);
+    }
+    lb_qemu_images_free(&images);
+    if (found)
+        return 0;
+    lb_fail(err, LB_E_UNSUPPORTED, "the command line of VM %s has no disk %s, whose image is %s now",
+            d->opts->name, argv_path, path);
+    return lb_remedy(err, "join the images of that disk, or restart the VM from its present image");
+}
+
+static bool in_opts(const struct derive *d, const char *argv_path)
+{
+    for (unsigned i = 0; i < d->opts->n_disks; i++)
+        if (strcmp(d->opts->disks[i].argv_path, argv_path) == 0)
+            return true;
+    return false;
+}
+
+/* Present images instead of those the VM was started with: the caller's word, else the description's. */
+static int replace_images(struct derive *d, struct lb_error *err)
+{
+    for (unsigned i = 0; i < d->desc->n_disks; i++) {
+        const struct lb_disk_desc *k = &d->desc->disks[i];
+        if (!k->argv_path || !*k->argv_path || in_opts(d, k->argv_path))
+            continue;
+        LB_AUTO_FREE char *path = mapped(d, k->path);
+        if (replace_image(d, k->argv_path, path, k->format, err) < 0)
+            return -1;
+    }
+    for (unsigned i = 0; i < d->opts->n_disks; i++) {
+        const struct lb_disk_map *m = &d->opts->disks[i];
+        if (replace_image(d, m->argv_path, m->path, m->format, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 static void add_machine(struct derive *d)
 {
     LB_AUTO_FREE char *backend = lb_qemu_prop(d->machine_props, "memory-backend");
@@ -468,6 +524,9 @@ int lb_qemu_receiver_argv(const struct lb_vm_desc *desc, const struct lb_launch_
     for (unsigned i = 0; i < d.in.n; i++)
         if (take(&d, &d.in.v[i], err) < 0)
             goto out;
+    if (replace_images(&d, err) < 0)
+        goto out;
+    lb_qemu_another(&d.out, opts);
     if (d.ram_bytes == 0)
         d.ram_bytes = desc->ram_bytes;
     add_machine(&d);

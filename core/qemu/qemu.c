@@ -44,6 +44,7 @@ void lb_qemu_vm_free(struct lb_hv_vm *vm)
     lb_cleanup_fd(&vm->pagemap_fd);
     lb_cleanup_fd(&vm->pidfd);
     lb_qemu_mirrors_free(vm);
+    lb_qemu_overlays_free(vm);
     lb_qemu_holds_free(vm);
     free(vm->save_text);
     free(vm->throttle_path);
@@ -151,8 +152,10 @@ static void on_event(const char *event, const json_t *data, void *arg)
         vm->paused_by_others = !vm->stopped_by_us;
     else if (strcmp(event, "SHUTDOWN") == 0)
         vm->shut_down = true;
-    else if (strncmp(event, "BLOCK_JOB_", 10) == 0)
+    else if (strncmp(event, "BLOCK_JOB_", 10) == 0) {
         lb_qemu_mirror_event(vm, event, data);
+        lb_qemu_join_event(vm, event, data);
+    }
 }
 
 int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err)

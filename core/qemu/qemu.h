@@ -21,4 +21,13 @@ int lb_qemu_throttle_undo(const char *path, struct lb_error *err);
 int lb_qemu_receiver_argv(const struct lb_vm_desc *desc, const struct lb_launch_opts *opts,
                           char ***argv, struct lb_error *err);
 
+/* The files a qcow2 image stands on, next one first, as its header and theirs say.
+ * Never for an image that may be raw: what it begins with is its guest's. Read without locks: it may be in use. *files NULL-terminated, caller: lb_strv_free. A file that is
+ * missing ends it: LB_E_NOT_FOUND names it (the image itself included). */
+int lb_qemu_image_chain(const char *image, char ***files, struct lb_error *err);
+
+/* A free name for an overlay of an image: in its directory, STEM.lb-N.qcow2 (N from 1), where STEM is its
+ * name without the suffix .lb-N.qcow2 of an earlier one. malloc'ed. The image need not be there. */
+char *lb_qemu_overlay_name(const char *image);
+
 #endif

@@ -15,6 +15,9 @@
  *   net.c         network cards: what they are connected to; holding what they send
  *   disk.c        disks, and copying them while they are written
  *   overlay.c     disks that keep a moment: overlays, freezing, joining
+ *   images.c      disk images on a command line
+ *   qcow2.c       what a qcow2 image stands on
+ *   another.c     another machine from the same state
  *   lazy.c        memory that comes when it is touched
  *   clock.c       the guest's paravirtual clock (KVM)
  */
@@ -146,6 +149,9 @@ struct lb_hv_vm {
     unsigned n_holds;
     struct lb_qemu_mirror *mirrors; /* disk.c */
     unsigned n_mirrors;
+    struct lb_qemu_overlay *overlays; /* overlay.c: made ready, not used yet */
+    unsigned n_overlays;
+    struct lb_qemu_join *join;        /* overlay.c: what disk_join waits for; NULL: nothing */
     uint64_t stop_count;         /* how often the guest was stopped */
     const struct lb_dirty_ops *dirty;   /* chosen at log_enable */
     int uffd;                    /* dirty_uffd.c */
@@ -249,6 +255,39 @@ char *lb_qemu_prop(const char *value, const char *key);
 /* New string with key=val replaced or added; val NULL: removed. */
 char *lb_qemu_prop_set(const char *value, const char *key, const char *val);
 
+/* ---------------------------------------------------------------- images.c */
+
+/* An image (or an empty drive) of a command line. */
+struct lb_qemu_image {
+    char *path;            /* as it is written there; NULL: an empty drive */
+    char *id;              /* of the drive, or NULL */
+    char *node;            /* of the format, or NULL */
+    unsigned opt;          /* number of the option that is the drive or the format */
+    unsigned file_opt;     /* of the option with the file's name */
+    const char *file_key;  /* and where it is there; static */
+    bool drive;            /* -drive and what is short for it; else -blockdev */
+};
+struct lb_qemu_images {
+    struct lb_qemu_image *v;
+    unsigned n;
+};
+void lb_qemu_images_scan(const struct lb_qemu_opts *o, struct lb_qemu_images *out);
+void lb_qemu_images_free(struct lb_qemu_images *im);
+/* Which of them a disk was started with; b is one of `all`, the answer to query-block. NULL: none. */
+const struct lb_qemu_image *lb_qemu_image_of(const struct lb_qemu_opts *o, const struct lb_qemu_images *im,
+                                             const json_t *all, const json_t *b);
+/* Another image there; format NULL or "": the same. Numbers of options stay. */
+void lb_qemu_image_replace(struct lb_qemu_opts *o, const struct lb_qemu_image *im, const char *path,
+                           const char *format);
+/* Value of a dotted key of an option, whether it is a list or JSON; malloc'ed, or NULL. */
+char *lb_qemu_get(const char *value, const char *key);
+/* Set it there; val NULL: without it. */
+void lb_qemu_put(char **value, const char *key, const char *val);
+
+/* --------------------------------------------------------------- another.c */
+/* What launch's new_name, new_uuid and mac_seed say. */
+void lb_qemu_another(struct lb_qemu_opts *o, const struct lb_launch_opts *opts);
+
 /* -------------------------------------------------------------- throttle.c */
 int lb_qemu_throttle(struct lb_hv_vm *vm, unsigned percent, struct lb_error *err);
 
@@ -268,12 +307,28 @@ int lb_qemu_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error
 /* A BLOCK_JOB_* event. */
 void lb_qemu_mirror_event(struct lb_hv_vm *vm, const char *event, const json_t *data);
 void lb_qemu_mirrors_free(struct lb_hv_vm *vm);
+/* Name of job and node of a disk's mirror. */
+void lb_qemu_mirror_name(char name[20], const char *id);
+/* What disks() calls it: an entry of query-block. Stays the same whatever its image and its nodes become:
+ * the drive's id, else the device's (or its QOM path). malloc'ed. */
+char *lb_qemu_disk_id(const json_t *entry);
+/* The entry of query-block of that disk, new reference; NULL: err. */
+json_t *lb_qemu_disk_entry(struct lb_hv_vm *vm, const char *id, struct lb_error *err);
+/* File of an image as QEMU names it, out of "json:{...}" too; NULL: it is in no file. malloc'ed. */
+char *lb_qemu_image_file(const char *name);
+/* That, as a path of this host (a relative one is in the VM's directory); "" when it is no file. */
+void lb_qemu_disk_path(char out[512], pid_t pid, const char *name);
 /* Does the device say that others may write its disk too? qdev: QOM path or id, may be NULL. */
 bool lb_qemu_share_rw(struct lb_hv_vm *vm, const char *qdev);
 
 /* --------------------------------------------------------------- overlay.c */
 int lb_qemu_disk_overlay(struct lb_hv_vm *vm, const char *id, const char *path, struct lb_error *err);
 int lb_qemu_disk_freeze(struct lb_hv_vm *vm, struct lb_error *err);
+/* A BLOCK_JOB_* event. */
+void lb_qemu_join_event(struct lb_hv_vm *vm, const char *event, const json_t *data);
+void lb_qemu_overlays_free(struct lb_hv_vm *vm);
+/* File of the i-th overlay made ready. */
+const char *lb_qemu_overlay_path(const struct lb_hv_vm *vm, unsigned i);
 void lb_qemu_disk_overlay_drop(struct lb_hv_vm *vm);
 int lb_qemu_disk_join(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
                       int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,

@@ -45,8 +45,8 @@ static struct lb_vm_desc sample(void)
     };
     d.disks = lb_alloc(2 * sizeof(*d.disks));
     d.disks[0] = (struct lb_disk_desc){lb_strdup("d0"), lb_strdup("/srv/a.qcow2"),
-                                       lb_strdup("qcow2"), false, true, lb_strdup("/srv/old.img")};
-    d.disks[1] = (struct lb_disk_desc){lb_strdup("d1"), lb_strdup("/srv/b.iso"), NULL, true, false, NULL};
+                                       lb_strdup("qcow2"), false, true, lb_strdup("/srv/old.img"), false};
+    d.disks[1] = (struct lb_disk_desc){lb_strdup("d1"), lb_strdup("/srv/b.iso"), NULL, true, false, NULL, true};
     return d;
 }
 
@@ -104,6 +104,8 @@ static void test_round_trip(void **s)
     assert_string_equal(back.disks[0].format, "qcow2");
     assert_false(back.disks[0].read_only);
     assert_true(back.disks[0].shareable);
+    assert_string_equal(back.disks[0].argv_path, "/srv/old.img");
+    assert_true(!back.disks[0].backing && back.disks[1].backing);
     assert_string_equal(back.disks[0].argv_path, "/srv/old.img");
     assert_true(back.disks[1].read_only);
     assert_string_equal(back.disks[1].format, "");
