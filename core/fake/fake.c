@@ -57,7 +57,7 @@ const char *lb_fake_slot_name(enum lb_fake_slot slot)
         "save_end",   "throttle",  "launch", "prepare_ram", "write",      "load_state",
         "run",        "announce",  "status", "destroy",    "checkpoint_mode", "freeze",
         "nics",       "nic_hold",  "nic_unhold", "disks",  "disk_mirror", "disk_mirror_status",
-        "disk_mirror_end", "clock_step",
+        "disk_mirror_end", "clock_step", "disk_overlay", "disk_freeze", "disk_join",
     };
     assert(slot < LB_FAKE_N_SLOTS);
     return names[slot];
@@ -365,6 +365,7 @@ static void guest_free(struct guest *g)
     lb_fake_io_free(g);
     pthread_cond_destroy(&g->wake);
     pthread_mutex_destroy(&g->lock);
+    lb_fake_images_free(g);
     free(g->disk_path);
     free(g->name);
     free(g);

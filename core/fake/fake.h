@@ -41,6 +41,7 @@ struct lb_fake_config {
                                    of the machine has one of its own then: no lock between them */
     uint64_t disk_writes_per_s; /* blocks of LB_PAGE_SIZE written while it runs */
     const char *disk_path;      /* what disks() says; a receiver has "" */
+    bool no_overlay;            /* the disk cannot be frozen */
     bool no_clock;              /* clock_step is not supported */
     bool no_map;                /* blocks without a map: engine has to use lb_hv_read/write */
     bool start_paused;
@@ -102,6 +103,8 @@ void lb_fake_set_wire(lb_fake_wire_fn *fn, void *arg);
 /* ---- disk. Write n, from 1, fills one block with what follows from the nonce and n. */
 /* The whole disk after so many writes; zeros before the first. */
 void lb_fake_disk_fill(void *image, uint64_t disk_bytes, uint64_t nonce, uint64_t writes);
+/* How many writes an image of its disk holds, frozen or not. LB_E_NOT_FOUND: the disk stands on no such. */
+int lb_fake_image(lb_fake_id id, const char *path, uint64_t *writes, struct lb_error *err);
 /* The NBD server of every mirror: gets each block of the first copy, then each write before it
  * counts as done. -1: the mirror fails as when the server is gone. As set_wire. */
 typedef int lb_fake_mirror_fn(lb_fake_id from, const char *nbd_socket, const char *export_name,
@@ -127,7 +130,8 @@ enum lb_fake_slot {
     LB_FAKE_PREPARE_RAM, LB_FAKE_WRITE, LB_FAKE_LOAD_STATE, LB_FAKE_RUN, LB_FAKE_ANNOUNCE,
     LB_FAKE_STATUS, LB_FAKE_DESTROY, LB_FAKE_CHECKPOINT_MODE, LB_FAKE_FREEZE, LB_FAKE_NICS,
     LB_FAKE_NIC_HOLD, LB_FAKE_NIC_UNHOLD, LB_FAKE_DISKS, LB_FAKE_DISK_MIRROR,
-    LB_FAKE_DISK_MIRROR_STATUS, LB_FAKE_DISK_MIRROR_END, LB_FAKE_CLOCK_STEP, LB_FAKE_N_SLOTS
+    LB_FAKE_DISK_MIRROR_STATUS, LB_FAKE_DISK_MIRROR_END, LB_FAKE_CLOCK_STEP,
+    LB_FAKE_DISK_OVERLAY, LB_FAKE_DISK_FREEZE, LB_FAKE_DISK_JOIN, LB_FAKE_N_SLOTS
 };
 /* The nth call from now (1: the next) fails with code, before it has any effect;
  * calls after it work again.  One fault per slot; nth 0 disarms.  A failing

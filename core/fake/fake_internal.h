@@ -3,6 +3,7 @@
  *
  *   fake.c      memory, life, faults, the test API, the table of functions
  *   fake_io.c   its network card, disk and clock
+ *   fake_store.c  overlays of its disk, memory that comes when it is touched
  */
 #ifndef LB_FAKE_INTERNAL_H
 #define LB_FAKE_INTERNAL_H
@@ -43,13 +44,18 @@ struct fake_mirror {
     char error[128];
 };
 
+/* What the guest wrote until it was frozen. */
+struct fake_image {
+    char *path;
+    uint64_t writes;
+};
+
 struct guest {
     /* immutable */
     lb_fake_id id;
     char *name;
     char address[32];
     char uuid[40];
-    char *disk_path;
     struct lb_fake_config config; /* its name and disk_path are not used */
     struct fake_block blocks[N_BLOCKS];
     struct lb_ram_block table[N_BLOCKS];
@@ -69,8 +75,13 @@ struct guest {
     uint64_t frames, disk_writes; /* part of the state */
     uint64_t clock_stepped_ns;
     uint32_t next_seq;
+    char *disk_path;              /* what it writes now */
+    struct fake_image *images;    /* below that, oldest first */
+    unsigned n_images;
     struct fake_nic nic;
     struct fake_mirror mirror;
+
+    char *overlay;                /* engine thread: made ready, not used yet */
 };
 
 struct lb_hv_vm {
@@ -107,6 +118,7 @@ void lb_fake_disk_overlay_drop(struct lb_hv_vm *vm);
 int lb_fake_disk_join(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
                       int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,
                       struct lb_error *err);
+void lb_fake_images_free(struct guest *g);
 int lb_fake_lazy_begin(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_fake_lazy_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err);
 int lb_fake_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_ram_block **blk,

@@ -296,8 +296,10 @@ int lb_fake_disks(struct lb_hv_vm *vm, struct lb_hv_disk **out, unsigned *n, str
         return -1;
     struct lb_hv_disk *d = lb_alloc(sizeof(*d));
     snprintf(d->id, sizeof(d->id), "disk0");
+    pthread_mutex_lock(&g->lock);
     snprintf(d->path, sizeof(d->path), "%s", g->disk_path);
-    snprintf(d->format, sizeof(d->format), "raw");
+    snprintf(d->format, sizeof(d->format), "%s", g->n_images ? "qcow2" : "raw");
+    pthread_mutex_unlock(&g->lock);
     d->size_bytes = g->config.disk_bytes;
     *out = d;
     *n = g->config.disk_bytes ? 1 : 0;
