@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <sys/utsname.h>
 
+#include "core/qemu/qemu.h"
 #include "core/registry.h"
 #include "core/qemu/argv_scan.h"
 #include "core/host.h"
@@ -365,9 +366,30 @@ static void check_copied(const struct dest *x, const char *path, int e)
         lb_report_add(x->r, "disks", LB_CHECK_OK, NULL, "%s will be overwritten with the copy", path);
 }
 
+/* QEMU will open what the header of the image says, whatever the paths of this host are mapped to. */
+static void check_chain(const struct dest *x, const char *path)
+{
+    struct lb_error why = LB_ERROR_INIT;
+    char **files = NULL;
+    char remedy[384];
+    if (lb_qemu_image_chain(path, &files, &why) < 0) {
+        refuse(x->r, "disks", "put the file there, or correct the image with `qemu-img rebase -u -b FILE -F "
+               "FORMAT`", "%s stands on an image that is missing here: %s", path, why.message);
+        return;
+    }
+    for (unsigned i = 0; files[i]; i++) {
+        int e = lb_host_access_as(x->d->uid, x->d->gid, files[i], R_OK);
+        snprintf(remedy, sizeof(remedy), "give user %u the right to read %s", x->d->uid, files[i]);
+        if (e)
+            refuse(x->r, "disks", remedy, "%s stands on %s, which cannot be read: %s", path, files[i],
+                   strerror(e));
+    }
+    lb_strv_free(files);
+}
+
 static void check_disk(const struct dest *x, const struct lb_disk_desc *k)
 {
-    if (!is_file_path(k->path))
+    if (!is_file_path(k->path) || k->backing) /* backing files: with the image that stands on them */
         return;
     LB_AUTO_FREE char *path = local_path(x, k->path);
     struct stat st;
@@ -390,13 +412,16 @@ static void check_disk(const struct dest *x, const struct lb_disk_desc *k)
         lb_report_add(x->r, "disks", LB_CHECK_OK, NULL, "%s (%s)", path,
                       k->read_only ? "read only" : "read and write");
         check_lock(x, k, path);
+        if (k->format && !strcmp(k->format, "qcow2")) /* what a raw one begins with is its guest's */
+            check_chain(x, path);
     }
 }
 
 static bool is_described_disk(const struct lb_vm_desc *d, const char *path)
 {
     for (unsigned i = 0; i < d->n_disks; i++)
-        if (!strcmp(d->disks[i].path, path))
+        if (!strcmp(d->disks[i].path, path) ||
+            (d->disks[i].argv_path && !strcmp(d->disks[i].argv_path, path))) /* another took its place */
             return true;
     return false;
 }
