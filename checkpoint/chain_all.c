@@ -37,7 +37,7 @@ struct all {
     int *direct;      /* of each file: O_DIRECT, -1: not */
     /* under lock */
     pthread_mutex_t lock;
-    unsigned file; /* next window: files [0, file] are to do */
+    unsigned left; /* files; the next window is in number left - 1, from part on */
     uint32_t part;
     bool failed;
     struct lb_error err;
@@ -128,29 +128,28 @@ static bool window_in_file(const struct all *a, struct window *w, uint32_t part)
     while (part < f->n_chunks && !wanted_chunk(a, w->file, part))
         part++;
     w->first = part;
-    w->end = part + 1;
+    if (part == f->n_chunks)
+        return false;
+    w->end = ++part;
     for (; part < f->n_chunks; part++) {
         if (f->chunk_at[part + 1] - f->chunk_at[w->first] > WINDOW_BYTES ||
             f->chunk_at[part] - f->chunk_at[w->end] > MAX_GAP_BYTES)
             break;
-        if (part >= w->end && wanted_chunk(a, w->file, part))
+        if (wanted_chunk(a, w->file, part))
             w->end = part + 1;
     }
-    return w->first < f->n_chunks;
+    return true;
 }
 
 static bool next_window(struct all *a, struct window *w)
 {
     bool found = false;
     pthread_mutex_lock(&a->lock);
-    while (!a->failed && !found) {
-        w->file = a->file;
+    while (!a->failed && !found && a->left > 0) {
+        w->file = a->left - 1;
         found = window_in_file(a, w, a->part);
         a->part = found ? w->end : 0;
-        if (!found && a->file == 0)
-            break;
-        if (!found)
-            a->file--;
+        a->left -= !found;
     }
     pthread_mutex_unlock(&a->lock);
     return found;
@@ -328,7 +327,7 @@ static unsigned n_threads(const struct lb_chain_read_all *r)
 
 int lb_chain_read_all(struct lb_chain *c, const struct lb_chain_read_all *r, struct lb_error *err)
 {
-    struct all a = {.c = c, .r = r, .file = c->n_files - 1, .lock = PTHREAD_MUTEX_INITIALIZER};
+    struct all a = {.c = c, .r = r, .left = c->n_files, .lock = PTHREAD_MUTEX_INITIALIZER};
     int rc = make_list(&a, err);
 
     if (rc == 0) {

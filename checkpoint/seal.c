@@ -28,6 +28,8 @@ static void plain_check(uint8_t out[16], const struct lb_cf_seal *s, const struc
     uint64_t seed;
 
     memcpy(&seed, s->id, sizeof(seed));
+    /* else a seed left on the stack by the last call passes for this one, with a secret that is gone */
+    XXH3_INITSTATE(&st);
     XXH3_128bits_reset_withSeed(&st, le64toh(seed));
     XXH3_128bits_update(&st, head, HEAD_CHECKED);
     if (len > 0)

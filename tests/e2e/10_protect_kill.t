@@ -112,7 +112,9 @@ class Kill:
 
     def paused(self, point, command=None):
         wait_for(lambda: os.path.exists(self.pause_file) or (command and command.done()), 30, "the point " + point, 0.005)
-        if not os.path.exists(self.pause_file):
+        try:  # the other side may get there a little after the command has its answer
+            wait_for(lambda: os.path.exists(self.pause_file), 3, "the point " + point, 0.005)
+        except RigError:
             raise RigError("it ended before the point: %s" % (command.wait(),))
 
     def protect(self, primary, hosts):

@@ -290,7 +290,7 @@ static void test_all_good(void **s)
     put("vmlinuz", "x", 0644);
     put("disk.img", "x", 0644);
     struct lb_vm_desc d = desc(ARGV("-kernel", "vmlinuz", "-qmp", "unix:q.sock,server", "-D", "log"));
-    struct lb_disk_desc disk = {(char *)"d0", (char *)"disk.img", (char *)"raw", false, false, NULL};
+    struct lb_disk_desc disk = {(char *)"d0", (char *)"disk.img", (char *)"raw", false, false, NULL, false};
     d.disks = &disk;
     d.n_disks = 1;
     struct lb_report r = run(&d);
@@ -395,7 +395,7 @@ static void test_files(void **s)
     d = desc(ARGV("-netdev", "tap,fd=31,id=n"));
     expect(&d, "files", LB_CHECK_FAIL, "descriptor 31", "ifname=");
 
-    struct lb_disk_desc disk = {(char *)"d0", (char *)"/elsewhere/d.img", (char *)"raw", false, false, NULL};
+    struct lb_disk_desc disk = {(char *)"d0", (char *)"/elsewhere/d.img", (char *)"raw", false, false, NULL, false};
     d = desc(ARGV("-S"));
     d.disks = &disk;
     d.n_disks = 1;
@@ -439,7 +439,7 @@ static void test_disk_lock(void **s)
     assert_int_equal(lb_host_locked(path), 0);
     assert_int_equal(fcntl(fd, F_OFD_SETLK, &l), 0);
     assert_int_equal(lb_host_locked(path), 1);
-    struct lb_disk_desc disk = {(char *)"d0", path, (char *)"raw", false, false, NULL};
+    struct lb_disk_desc disk = {(char *)"d0", path, (char *)"raw", false, false, NULL, false};
     struct lb_vm_desc d = desc(ARGV("-S"));
     d.disks = &disk;
     d.n_disks = 1;
@@ -456,7 +456,7 @@ static void test_copied_disk(void **s)
     (void)s;
     char *path = in_dir("copy.img"), *nowhere = in_dir("no/copy.img");
     const char *const copied[] = {path, nowhere};
-    struct lb_disk_desc disk = {(char *)"d0", path, (char *)"raw", false, false, NULL};
+    struct lb_disk_desc disk = {(char *)"d0", path, (char *)"raw", false, false, NULL, false};
     struct lb_vm_desc d = desc(ARGV("-S"));
     struct lb_report r = {0};
     d.disks = &disk;
