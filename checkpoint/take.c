@@ -182,7 +182,8 @@ static void give_up(struct lb_take *t, struct lb_error *err)
         remove_file(t->path);
     continued = !try_continue(t, &why);
     lb_sm_move(&t->sm, S_FAILED);
-    if (!t->recorded)
+    /* Nothing was done to it; only of its death is to be told. */
+    if (!t->recorded && (t->before.state != LB_VM_RUNNING || lb_hv_exists(t->env->hv, &id)))
         return;
     entry_after_failure(t, continued, &why, err);
     if (t->overlays) {
@@ -197,6 +198,22 @@ static void give_up(struct lb_take *t, struct lb_error *err)
     }
     if (lb_vm_entry_save(t->env->state_dir, &t->entry, NULL) == 0 && t->entry.state != LB_VM_CHECKPOINTING)
         lb_take_record_remove(t->env->state_dir, t->entry.name, NULL);
+}
+
+/* ---------------------------------------------------------------------------- disks */
+
+static int sync_disks(const struct lb_take *t, struct lb_error *err)
+{
+    for (unsigned i = 0; i < t->meta.n_disks; i++) {
+        const char *path = t->meta.disks[i].path;
+
+        if (!path[0])
+            continue;
+        LB_AUTO_FD int fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0 || (fsync(fd) < 0 && errno != EINVAL && errno != EROFS))
+            return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot sync image %s", path);
+    }
+    return 0;
 }
 
 /* ---------------------------------------------------------------------------- live */
@@ -231,12 +248,13 @@ static void step_clock(struct lb_take *t)
 
 static int prepare_pause(struct lb_take *t, struct lb_error *err)
 {
-    if (lb_take_reserve(t, err) || lb_hv_checkpoint_mode(t->vm, true, err))
-        return -1;
-    if (!t->overlays)
-        return 0;
-    t->record.frozen = true; /* from here on nobody knows, should we die */
-    return lb_take_record_save(t->env->state_dir, t->entry.name, &t->record, err);
+    if (t->overlays) {
+        sync_disks(t, NULL);     /* the pause waits for it otherwise */
+        t->record.frozen = true; /* from here on nobody knows, should we die */
+        if (lb_take_record_save(t->env->state_dir, t->entry.name, &t->record, err))
+            return -1;
+    }
+    return lb_take_reserve(t, err) || lb_hv_checkpoint_mode(t->vm, true, err) ? -1 : 0;
 }
 
 static int commit(struct lb_take *t, struct lb_error *err)
@@ -301,21 +319,6 @@ static int check_still(struct lb_take *t, struct lb_error *err)
     return lb_remedy(err, "it runs; suspend it again when it may be");
 }
 
-/* What is in no process's memory any more must be on the disk before the process ends. */
-static int sync_disks(const struct lb_take *t, struct lb_error *err)
-{
-    for (unsigned i = 0; i < t->meta.n_disks; i++) {
-        const char *path = t->meta.disks[i].path;
-
-        if (!path[0])
-            continue;
-        LB_AUTO_FD int fd = open(path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0 || (fsync(fd) < 0 && errno != EINVAL && errno != EROFS))
-            return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot sync image %s", path);
-    }
-    return 0;
-}
-
 static int release_disks(struct lb_take *t, struct lb_error *err)
 {
     LB_AUTO_FREE void *again = NULL;
@@ -323,6 +326,7 @@ static int release_disks(struct lb_take *t, struct lb_error *err)
 
     if (check_still(t, err) || save_begin(t, true, err) || save_end(t, &again, &len, err))
         return -1;
+    /* What is in no process's memory any more must be on the disk before the process ends. */
     return sync_disks(t, err) || lb_take_identify_disks(t, err) ? -1 : 0;
 }
 
@@ -369,7 +373,7 @@ static int suspend(struct lb_take *t, struct lb_error *err)
     if (lb_take_sample(t, err) || lb_take_check_cancel(t, err))
         return -1;
     lb_sm_move(&t->sm, S_PAUSED);
-    lb_ckpt_meter_phase(&t->meter, LB_CKPT_PAUSED, 3);
+    lb_ckpt_meter_phase(&t->meter, LB_CKPT_COPYING, 3);
     if (lb_take_pause(t, err))
         return -1;
     lb_point("take-paused");
@@ -377,7 +381,6 @@ static int suspend(struct lb_take *t, struct lb_error *err)
     t->meta.paused = t->paused;
     if (save_begin(t, false, err) || save_end(t, &t->state, &t->state_len, err))
         return -1;
-    lb_ckpt_meter_phase(&t->meter, LB_CKPT_COPYING, 4);
     if (lb_take_all_pages(t, err))
         return -1;
     lb_sm_move(&t->sm, S_CAPTURED);

@@ -49,12 +49,8 @@ static int put_pages(struct lb_take *t, unsigned block, const uint32_t *pages, u
 {
     void *buf = lb_ckpt_buffer(t->writer, err);
 
-    if (!buf)
-        return -1;
-    if (read_pages(t, &t->blocks[block], pages, n, buf, err)) {
-        lb_ckpt_put(t->writer, block, pages, 0, buf, NULL); /* gives the buffer back */
-        return -1;
-    }
+    if (!buf || read_pages(t, &t->blocks[block], pages, n, buf, err))
+        return -1; /* the writer is aborted with all its buffers */
     return lb_ckpt_put(t->writer, block, pages, n, buf, err);
 }
 
@@ -282,7 +278,9 @@ int lb_take_rounds(struct lb_take *t, struct lb_error *err)
     for (;;) {
         uint64_t before = count_dirty(t), left;
 
-        if (copy_dirty(t, true, err))
+        /* Flushed: what is left is then decided with nothing under way, and in the pause nobody else wants the
+         * processors and the disk. */
+        if (copy_dirty(t, true, err) || lb_ckpt_flush(t->writer, err))
             return -1;
         t->res->rounds++;
         if (count_log(t, &left, err))
