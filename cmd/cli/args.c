@@ -73,6 +73,16 @@ uint64_t lb_arg_rate(const char *arg, struct argp_state *state)
     return bytes_per_s;
 }
 
+int lb_arg_level(const char *arg, struct argp_state *state)
+{
+    unsigned long n = 0;
+    bool minus = arg[0] == '-';
+
+    if (!lb_arg_number(arg + minus, 1, minus ? 7 : 19, &n))
+        argp_error(state, "--level takes a number from -7 to -1 or from 1 to 19");
+    return minus ? -(int)n : (int)n;
+}
+
 struct name_parse {
     struct lb_name_args *out;
     unsigned flags;

@@ -29,7 +29,8 @@ struct lb_cmd {
 
 extern const struct lb_cmd lb_cmd_run, lb_cmd_adopt, lb_cmd_release, lb_cmd_ls, lb_cmd_status,
     lb_cmd_show, lb_cmd_stop, lb_cmd_migrate, lb_cmd_cancel, lb_cmd_recover, lb_cmd_preflight,
-    lb_cmd_history, lb_cmd_host, lb_cmd_protect, lb_cmd_unprotect, lb_cmd_failover, lb_cmd_top;
+    lb_cmd_history, lb_cmd_host, lb_cmd_protect, lb_cmd_unprotect, lb_cmd_failover, lb_cmd_top,
+    lb_cmd_suspend, lb_cmd_resume, lb_cmd_checkpoint, lb_cmd_restore, lb_cmd_clone;
 
 /* ---- arguments */
 
@@ -57,6 +58,7 @@ bool lb_arg_number(const char *s, unsigned long min, unsigned long max, unsigned
 uint64_t lb_arg_duration(const char *arg, uint64_t unit_ms, const char *option,
                          struct argp_state *state);
 uint64_t lb_arg_rate(const char *arg, struct argp_state *state); /* --bandwidth */
+int lb_arg_level(const char *arg, struct argp_state *state);     /* --level, of zstd */
 
 /* ---- talking to the daemon (client.c) */
 
@@ -108,6 +110,10 @@ void lb_draw_bar(double percent, const char *text);
 void lb_print_protection(const json_t *p);
 /* "protected", "62% pre-copy", ...; buf is returned. */
 const char *lb_protect_state(const json_t *p, char *buf, size_t n);
+
+/* restore.c: what comes of a restore or resume, and its event "running". */
+void lb_show_restored(const json_t *o);
+void lb_show_running(const json_t *ev);
 
 /* migrate and preflight share their request. */
 int lb_migrate_request(struct lb_cli *cli, const Lb__RpcMigrate *m, bool quiet, bool detach,

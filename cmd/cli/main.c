@@ -8,7 +8,8 @@ static const struct lb_cmd *const cmds[] = {
     &lb_cmd_run,    &lb_cmd_adopt,  &lb_cmd_release, &lb_cmd_ls,        &lb_cmd_status,
     &lb_cmd_show,   &lb_cmd_stop,   &lb_cmd_migrate, &lb_cmd_preflight, &lb_cmd_cancel,
     &lb_cmd_recover, &lb_cmd_history, &lb_cmd_protect, &lb_cmd_unprotect, &lb_cmd_failover,
-    &lb_cmd_top,    &lb_cmd_host,
+    &lb_cmd_top,    &lb_cmd_suspend, &lb_cmd_resume, &lb_cmd_checkpoint, &lb_cmd_restore,
+    &lb_cmd_clone,  &lb_cmd_host,
 };
 
 static struct lb_cli cli;
@@ -85,7 +86,7 @@ int main(int argc, char **argv)
     static const struct argp_child children[] = {{&lb_json_argp, 0, NULL, 0}, {0}};
     const struct argp argp = {
         options, parse, "SUBCOMMAND [ARGUMENTS...]",
-        "lifeboat - move running virtual machines between hosts, and protect them\v"
+        "lifeboat - move running virtual machines between hosts, protect them, keep them on disk\v"
         "`lifeboat SUBCOMMAND --help` explains one; manual pages: lifeboat(1), "
         "lifeboat-SUBCOMMAND(1).",
         children, help_filter, NULL};
