@@ -150,6 +150,9 @@ bench-remus-run: all tools $(GUEST)
 # What an epoch costs, without a guest
 bench-stage: $(O)/tests/bench/bench_stage
 	$(Q)$(O)/tests/bench/bench_stage $(BENCH_ARGS)
+# What writing a checkpoint costs, without a guest
+bench-store: $(O)/tests/bench/bench_store
+	$(Q)mkdir -p $(O)/bench && $(O)/tests/bench/bench_store $(O)/bench $(BENCH_ARGS)
 $(O)/tests/bench/%: tests/bench/%.c $(O)/liblifeboat.a
 	$(call say,LD,$@)
 	$(Q)mkdir -p $(@D) && $(CC) $(ALL_CFLAGS) -MF $@.d -o $@ $< $(O)/liblifeboat.a $(ALL_LIBS)
@@ -187,11 +190,12 @@ help:
 	@echo "bench-migrate  (root) Lifeboat and QEMU's own migration side by side [BENCH_ARGS=--quick]"
 	@echo "bench-remus    (root) cost of protection, failovers [BENCH_ARGS='--failovers 10' | '--no-cost --soak 30']"
 	@echo "bench-stage    microseconds per page and bytes on the wire of an epoch [BENCH_ARGS='EPOCHS PAGES']"
+	@echo "bench-store    megabytes per second of writing a checkpoint [BENCH_ARGS='MIB THREADS']"
 	@echo "install        DESTDIR= PREFIX=/usr/local"
 	@echo "clean          everything but the guest, the Debian 13 tree and the vectors"
 
 .PHONY: all unit integration tools guest check check-all check-lint check-unit check-integration check-e2e \
-	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-stage \
+	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-stage bench-store \
 	install format clean help
 .SECONDARY:
 -include $(shell find $(O)/obj $(O)/tests -type f -name '*.d' 2>/dev/null)
