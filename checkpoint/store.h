@@ -113,7 +113,8 @@ int lb_ckpt_put_zero(struct lb_ckpt_writer *w, unsigned block, uint64_t first, u
 /* Pages the guest is likely to need first, the likeliest first; stays the caller's. May be called once. */
 int lb_ckpt_put_hot(struct lb_ckpt_writer *w, const uint64_t *block_page /* block << 40 | page */, uint64_t n,
                     struct lb_error *err);
-/* Everything given so far is in the file (not yet durable); the stats are final but for what follows. */
+/* Everything given so far is compressed and, but for the last megabytes, in the file (not yet durable); the stats are
+ * final but for what follows. */
 int lb_ckpt_flush(struct lb_ckpt_writer *w, struct lb_error *err);
 void lb_ckpt_writer_stats(struct lb_ckpt_writer *w, struct lb_ckpt_stats *out); /* any thread */
 /* The rest, durable, under its final name; frees w in any case. A page of a full checkpoint that was never given
