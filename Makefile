@@ -172,7 +172,7 @@ install: all
 	install -m 644 cmd/daemon/*.5 $(DESTDIR)$(MANDIR)/man5
 	install -m 644 cmd/daemon/*.8 $(DESTDIR)$(MANDIR)/man8
 	install -m 644 cmd/daemon/*.service $(DESTDIR)$(UNITDIR)
-	sed -i 's,/usr/local/sbin,$(BINDIR),' $(DESTDIR)$(UNITDIR)/lifeboatd.service
+	sed -i 's,/usr/local/sbin,$(BINDIR),' $(DESTDIR)$(UNITDIR)/lifeboatd.service $(DESTDIR)$(UNITDIR)/lifeboat-suspend.service
 	install -m 644 cmd/cli/lifeboat.bash-completion $(DESTDIR)$(COMPDIR)/lifeboat
 
 format:

@@ -116,8 +116,9 @@ int lb_ckpt_refill(const struct lb_ckpt_env *env, const struct lb_vm_entry *vm, 
                    struct lb_error *err);
 
 /* ---- clones: memory once in a sealed memfd, each clone a private view of it: pages nobody writes are shared */
+#define LB_CKPT_CLONES_MAX 256u
 struct lb_clone_opts {
-    unsigned count;                  /* 1..256 */
+    unsigned count;                  /* 1..LB_CKPT_CLONES_MAX */
     char name[100];                  /* clones are NAME-1, NAME-2 ... (numbers in use are left out); "": the VM's name */
     char tap[16];                    /* "%d" in it is the clone's number: tap of its first card, "T%d", "T%d-2" ...; "":
                                         the cards of clones are on taps named OLD-N when those exist, else on a tap that

@@ -183,5 +183,9 @@ int lb_chain_read_all(struct lb_chain *c, const struct lb_chain_read_all *r, str
  * block, page range) as long as one can go on; the error is the first. */
 int lb_ckpt_verify(const char *path, const struct lb_ckpt_key *key, bool deep,
                    void (*found)(const char *what, void *arg), void *arg, struct lb_error *err);
+/* The same, with a word after every chunk on how much of the file has been looked at; -1 ends it: LB_E_CANCELLED. */
+int lb_ckpt_verify_watched(const char *path, const struct lb_ckpt_key *key, bool deep,
+                           void (*found)(const char *what, void *arg),
+                           int (*tick)(uint64_t done_bytes, void *arg), void *arg, struct lb_error *err);
 
 #endif

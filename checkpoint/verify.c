@@ -17,6 +17,7 @@ struct verify {
     struct lb_cf_file f;
     bool deep;
     void (*found)(const char *what, void *arg);
+    int (*tick)(uint64_t done_bytes, void *arg);
     void *arg;
     struct lb_error first;
     struct lb_cf_index ix;
@@ -194,6 +195,8 @@ static int check_chunks(struct verify *v, struct lb_error *err)
     for (uint32_t p = 0; p < f->n_chunks; p++) {
         if (check_chunk(v, p, err) < 0)
             return -1;
+        if (v->tick && v->tick(f->chunk_at[p + 1], v->arg) < 0)
+            return lb_fail(err, LB_E_CANCELLED, "%s: the verification was cancelled", f->name);
         if (f->chunk_at[p + 1] - forgotten >= FORGET_BYTES) {
             posix_fadvise(f->fd, (off_t)forgotten, (off_t)(f->chunk_at[p + 1] - forgotten),
                           POSIX_FADV_DONTNEED);
@@ -258,7 +261,14 @@ static int verify(struct verify *v, const char *path, const struct lb_ckpt_key *
 int lb_ckpt_verify(const char *path, const struct lb_ckpt_key *key, bool deep,
                    void (*found)(const char *what, void *arg), void *arg, struct lb_error *err)
 {
-    struct verify v = {.deep = deep, .found = found, .arg = arg};
+    return lb_ckpt_verify_watched(path, key, deep, found, NULL, arg, err);
+}
+
+int lb_ckpt_verify_watched(const char *path, const struct lb_ckpt_key *key, bool deep,
+                           void (*found)(const char *what, void *arg),
+                           int (*tick)(uint64_t done_bytes, void *arg), void *arg, struct lb_error *err)
+{
+    struct verify v = {.deep = deep, .found = found, .tick = tick, .arg = arg};
     struct lb_error why = LB_ERROR_INIT;
 
     if (verify(&v, path, key, &why) < 0)

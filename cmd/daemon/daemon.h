@@ -8,8 +8,11 @@
  *   worker.c       a worker: a forked copy that answers one request and exits
  *   sessions.c     session processes: start, connection, routing, end
  *   protect.c      protections: requests, whom to try next and when, what they say of themselves
+ *   checkpoint.c   checkpoints: requests, schedules, fills; batch.c all VMs at once; what is said of them
+ *   ckpt.c         keys, this host's configuration, JSON of checkpoints
  *   peers.c        the listening port: preambles, routing of bulk connections
- *   session.c      the session process itself (lifeboatd --session)
+ *   session.c      the session process itself (lifeboatd --session); ckpt_session.c and ckpt_catalog.c
+ *                  its work with checkpoints
  *   vm_run.c       starting QEMU as a process of its own; qmp.c its greeting and end
  *
  * The supervisor has one thread and never blocks on a peer, a guest or a session; what
@@ -48,6 +51,9 @@ struct daemon_options {
     enum lb_log_level log_level;
 };
 
+#define LB_BATCH_NAME "*" /* no VM's */
+
+struct batch;
 struct client;
 struct peer;
 struct worker;
@@ -59,6 +65,7 @@ enum lb_wait {
     LB_WAIT_PROTECTED, /* `protect`: the first epoch is complete */
     LB_WAIT_OFF,       /* `unprotect`, or the `stop` of a protected VM */
     LB_WAIT_HERE,      /* `failover`: the VM runs on this host */
+    LB_WAIT_BATCH,     /* `suspend --all` and the like; the VM's name is LB_BATCH_NAME */
 };
 
 /* One session process, as the supervisor sees it. */
@@ -76,6 +83,8 @@ struct session {
     uint8_t want_id[LB_SESSION_ID_BYTES];
     char state[32];         /* of the last progress event */
     char *preflight, *progress, *protect; /* last events, JSON; NULL */
+    char *result;           /* JSON, of a good end; NULL */
+    bool abandoned;         /* to be cancelled as soon as it connects */
     uint64_t protected_ns;  /* roles protect: when it first said "protected"; 0: not yet */
     char end[16];           /* roles protect, backup: how, as lb_protect_end_name has it, or "promoted" */
     struct lb_error error;  /* of a bad end */
@@ -100,6 +109,7 @@ struct daemon {
     LIST_HEAD(, worker) workers;
     LIST_HEAD(, ward) wards;
     unsigned n_clients, n_workers, n_unauthenticated, n_parked, n_in;
+    struct batch *batch;    /* NULL: none */
     uint64_t last_prune_ms, last_orphans_ns;
 };
 
@@ -118,6 +128,10 @@ void lb_client_failure(struct client *c, const struct lb_error *e, const char *j
 void lb_clients_event(struct session *s, const char *json);
 void lb_clients_result(struct session *s, const char *json);
 void lb_clients_failure(struct session *s, const struct lb_error *e, const char *json);
+/* The client's answer is the session's. all: also of a lazy restore only when all memory is there. */
+void lb_client_watch(struct client *c, struct session *s, bool all);
+/* The guest of s runs; its session goes on: the answer for who does not wait for all. */
+void lb_clients_running(struct session *s, const char *json);
 /* The client's answer comes by lb_clients_settle. then: carried out when it went well, and that is the
  * answer; NULL: none. */
 void lb_client_wait(struct client *c, const char *vm, enum lb_wait what, unsigned timeout_s,
@@ -162,6 +176,9 @@ int lb_sessions_start(struct daemon *d, struct lb_error *err);
 struct session *lb_session_spawn(struct daemon *d, const char *role, const char *vm,
                                  const char *host, const Lb__MigrateOptions *opts, int conn_fd,
                                  struct lb_error *err);
+/* The same for what a request asks for; vm "": none yet, or never one. */
+struct session *lb_session_spawn_for(struct daemon *d, const char *role, const char *vm,
+                                     const Lb__RpcRequest *r, struct lb_error *err);
 /* The session at work on it; one that has said its result is as good as gone (its lock goes
  * with its process: lb_vm_lock_patiently). */
 struct session *lb_session_of_vm(struct daemon *d, const char *vm);
@@ -190,7 +207,41 @@ void lb_protect_ended(struct session *s);
 /* From the scan: protect a VM that runs and is to be; recover one that nobody works on. */
 void lb_protect_scan(struct daemon *d, const struct lb_vm_entry *e);
 void lb_recover_scan(struct daemon *d, const struct lb_vm_entry *e);
+/* May it be recovered, or filled, now? Later and later after failures. */
+bool lb_recover_due(struct daemon *d, const char *vm);
 void lb_wards_prune(struct daemon *d, const struct lb_vm_entry *v, unsigned n);
+
+/* ---- checkpoint.c. Requests; they answer the client or make it watch a session. */
+void lb_op_checkpoint(struct daemon *d, struct client *c, const Lb__RpcRequest *r);
+void lb_op_restore(struct daemon *d, struct client *c, const Lb__RpcRequest *r);
+void lb_op_clone(struct daemon *d, struct client *c, const Lb__RpcRequest *r);
+void lb_op_catalog(struct daemon *d, struct client *c, const Lb__RpcRequest *r);
+char *lb_op_schedule(struct daemon *d, const Lb__RpcSchedule *r, struct lb_error *err);
+/* LB_E_STATE with the remedy when it is suspended, or a session takes a checkpoint of it, restores or
+ * fills it. */
+int lb_ckpt_refuse(struct daemon *d, const struct lb_vm_entry *e, struct lb_error *err);
+/* May a VM be suspended, or a checkpoint of it be taken? */
+int lb_ckpt_takeable(struct daemon *d, const struct lb_vm_entry *e, const char *what, struct lb_error *err);
+/* Nobody wants the work of a session that is of no VM any more. */
+void lb_ckpt_abandon(struct session *s);
+/* Can `cancel` stop it? */
+bool lb_ckpt_cancellable(const struct session *s);
+/* What ls, status and show say besides; see there. */
+void lb_ckpt_add_json(struct daemon *d, const struct lb_vm_entry *e, json_t *o);
+/* From sessions.c: a session said something (o is text); is gone (s is still complete). */
+void lb_ckpt_event(struct session *s, const char *kind, const json_t *o, const char *text);
+void lb_ckpt_ended(struct session *s);
+/* From the scan: take what is due of a VM that runs; fill one that nobody fills. */
+void lb_schedule_scan(struct daemon *d, const struct lb_vm_entry *e);
+void lb_fill_scan(struct daemon *d, const struct lb_vm_entry *e);
+
+/* ---- batch.c: suspend_all, resume_all, fill_key */
+void lb_op_batch(struct daemon *d, struct client *c, const Lb__RpcRequest *r);
+/* Begin what can begin, end when all is done. */
+void lb_batch_step(struct daemon *d);
+bool lb_batch_suspends(struct daemon *d);
+void lb_batch_event(struct session *s, const char *kind, const json_t *o, const char *text);
+void lb_batch_ended(struct session *s);
 
 /* ---- peers.c */
 int lb_peers_start(struct daemon *d, const char *listen, struct lb_error *err);

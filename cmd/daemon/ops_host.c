@@ -80,6 +80,7 @@ char *lb_op_ls(struct daemon *d, struct lb_error *err)
         json_t *e = lb_entry_to_json(&v[i]), *s = lb_session_to_json(lb_session_of_vm(d, v[i].name));
         json_t *p = lb_protect_json(d, &v[i]);
 
+        lb_ckpt_add_json(d, &v[i], e);
         if (s)
             json_object_set_new(e, "session", s);
         if (p)

@@ -5,7 +5,7 @@
  * Every operation that talks to a VM holds its lock, so that it never meets a session on
  * the VM's one control socket.
  */
-#include "cmd/daemon/daemon.h"
+#include "cmd/daemon/ckpt.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -46,8 +46,7 @@ static int take(struct daemon *d, const char *name, struct lb_vm_entry *e, struc
         return -1;
     /* Waiting helps against a query, or a session that is about to end, not against long work. */
     struct session *s = lb_session_of_vm(d, name);
-    bool longer = s && (!strcmp(s->role, "out") || !strcmp(s->role, "protect") ||
-                        !strcmp(s->role, "backup"));
+    bool longer = s && strcmp(s->role, "recover") && strcmp(s->role, "in");
     int lock = lb_vm_lock_patiently(d->opt.state_dir, name, longer ? 0 : LOCK_WAIT_MS, err);
     if (lock >= 0 && lb_vm_entry_load(d->opt.state_dir, name, e, err)) {
         /* removed while we waited: the lock made its directory anew */
@@ -65,6 +64,13 @@ static struct lb_vm_ident ident_of(const struct lb_vm_entry *e)
 }
 
 /* ------------------------------------------------------------------ run, adopt */
+
+/* What was wanted of an earlier VM is not wanted of a new one. */
+static void forget_wishes(struct daemon *d, const char *name)
+{
+    lb_wish_remove(d->opt.state_dir, name, NULL);
+    lb_schedule_remove(d->opt.state_dir, name, NULL);
+}
 
 /* The name is free (a dead VM's is): take its lock. */
 static int reserve(struct daemon *d, const char *name, struct lb_error *err)
@@ -89,8 +95,12 @@ static int reserve(struct daemon *d, const char *name, struct lb_error *err)
             lb_fail(err, LB_E_EXISTS, "a released VM still runs in the directory of %s", name);
             return lb_remedy(err, "`lifeboat adopt` it, or choose another name");
         }
-        lb_wish_remove(d->opt.state_dir, name, NULL);
+        forget_wishes(d, name);
         return LB_STEAL_FD(lock);
+    }
+    if (e.state == LB_VM_SUSPENDED) {
+        lb_fail(err, LB_E_EXISTS, "there is a VM named %s already (suspended)", name);
+        return lb_remedy(err, "choose another name; `lifeboat resume %s` brings it back", name);
     }
     if (e.state != LB_VM_DEAD && (e.state != LB_VM_RUNNING || lb_proc_alive(&e.proc))) {
         lb_fail(err, LB_E_EXISTS, "there is a VM named %s already (%s)", name,
@@ -98,8 +108,7 @@ static int reserve(struct daemon *d, const char *name, struct lb_error *err)
         return lb_remedy(err, "choose another name, or `lifeboat stop %s` / `lifeboat release %s` it",
                          name, name);
     }
-    /* What was wanted of the dead VM is not wanted of a new one. */
-    lb_wish_remove(d->opt.state_dir, name, NULL);
+    forget_wishes(d, name);
     return LB_STEAL_FD(lock);
 }
 
@@ -296,8 +305,11 @@ static char *op_release(struct daemon *d, const Lb__RpcName *r, struct lb_error 
 {
     struct lb_vm_entry e;
     json_t *o;
-    LB_AUTO_FD int lock = take(d, r->name, &e, err);
+    LB_AUTO_FD int lock = -1;
 
+    if (!r->force && (lb_vm_entry_load(d->opt.state_dir, r->name, &e, err) || lb_ckpt_refuse(d, &e, err)))
+        return NULL;
+    lock = take(d, r->name, &e, err);
     if (lock < 0 || (!r->force && check_undecided(&e, "release", err)))
         return NULL;
     o = lb_entry_to_json(&e);
@@ -309,13 +321,64 @@ static char *op_release(struct daemon *d, const Lb__RpcName *r, struct lb_error 
     return lb_json_dump(o);
 }
 
+static char *stopped_json(const char *name, bool forced)
+{
+    json_t *o = json_object();
+
+    json_object_set_new(o, "name", lb_json_text(name));
+    json_object_set_new(o, "stopped", json_true());
+    json_object_set_new(o, "forced", json_boolean(forced));
+    return lb_json_dump(o);
+}
+
+/* The file of a suspend whose VM has run since: its disks are not what they were, it is good for nothing. */
+static void drop_suspend(struct daemon *d, const struct lb_vm_entry *e)
+{
+    struct lb_error err = LB_ERROR_INIT;
+    struct lb_ckpt_host h;
+    char own[160];
+
+    lb_ckpt_number_ref(own, e->name, 0);
+    if (strcmp(e->checkpoint, own) || lb_ckpt_host_open(&h, d->opt.state_dir, d->opt.config_path, &err))
+        return;
+    LB_AUTO_FREE char *path = lb_catalog_suspend_path(h.catalog_dir, e->name);
+    if (unlink(path) < 0 && errno != ENOENT)
+        lb_log(LB_LOG_WARN, "cannot remove %s: %s", path, strerror(errno));
+    lb_ckpt_host_close(&h);
+}
+
+/* Its session has the lock and goes when the VM has gone. */
+static char *stop_filling(struct daemon *d, const struct lb_vm_entry *before, struct lb_error *err)
+{
+    struct lb_vm_entry e;
+
+    if (lb_proc_kill(&before->proc, 10000, err))
+        return NULL;
+    LB_AUTO_FD int lock = lb_vm_lock_patiently(d->opt.state_dir, before->name, RECOVER_LOCK_WAIT_MS, err);
+    if (lock < 0)
+        return NULL;
+    if (!lb_vm_entry_load(d->opt.state_dir, before->name, &e, NULL) && e.proc.pid == before->proc.pid &&
+        e.proc.start_ticks == before->proc.start_ticks) {
+        drop_suspend(d, &e);
+        if (lb_vm_entry_remove(d->opt.state_dir, before->name, err))
+            return NULL;
+    }
+    return stopped_json(before->name, true);
+}
+
 static char *op_stop(struct daemon *d, const Lb__RpcName *r, struct lb_error *err)
 {
     struct lb_vm_entry e;
     bool forced = r->force;
-    json_t *o;
-    LB_AUTO_FD int lock = take(d, r->name, &e, err);
+    LB_AUTO_FD int lock = -1;
 
+    if (lb_vm_entry_load(d->opt.state_dir, r->name, &e, err))
+        return NULL;
+    if (forced && e.state == LB_VM_FILLING)
+        return stop_filling(d, &e, err);
+    if (lb_ckpt_refuse(d, &e, err))
+        return NULL;
+    lock = take(d, r->name, &e, err);
     if (lock < 0 || check_undecided(&e, "stop", err))
         return NULL;
     if (e.state == LB_VM_DEAD || !lb_proc_alive(&e.proc)) {
@@ -334,11 +397,7 @@ static char *op_stop(struct daemon *d, const Lb__RpcName *r, struct lb_error *er
     }
     if (lb_vm_entry_remove(d->opt.state_dir, r->name, err))
         return NULL;
-    o = json_object();
-    json_object_set_new(o, "name", lb_json_text(e.name));
-    json_object_set_new(o, "stopped", json_true());
-    json_object_set_new(o, "forced", json_boolean(forced));
-    return lb_json_dump(o);
+    return stopped_json(e.name, forced);
 }
 
 /* ---------------------------------------------------------------- status, show */
@@ -374,8 +433,9 @@ static char *op_status(struct daemon *d, const Lb__RpcName *r, struct lb_error *
         json_decref(session);
         return NULL;
     }
-    /* Only a VM that nobody works on is asked: its control socket serves one client. */
-    if (!s && e.proc.pid > 0 && lb_proc_alive(&e.proc)) {
+    /* Only a VM that nobody works on is asked: its control socket serves one client. One that waits for its
+     * memory may not answer. */
+    if (!s && e.proc.pid > 0 && e.state != LB_VM_FILLING && lb_proc_alive(&e.proc)) {
         LB_AUTO_FD int lock = lb_vm_lock_patiently(d->opt.state_dir, r->name, 500, &why);
 
         id = ident_of(&e);
@@ -388,6 +448,7 @@ static char *op_status(struct daemon *d, const Lb__RpcName *r, struct lb_error *
     json_object_set_new(o, "running", known ? json_boolean(running) : json_null());
     json_object_set_new(o, "session", session ? session : json_null());
     add_protection(d, &e, o);
+    lb_ckpt_add_json(d, &e, o);
     if (why.code)
         json_object_set_new(o, "problem", lb_json_text(why.message));
     return lb_json_dump(o);
@@ -461,16 +522,24 @@ static char *op_show(struct daemon *d, const Lb__RpcName *r, struct lb_error *er
         lb_vm_desc_free(&desc);
     }
     o = lb_entry_to_json(&e);
+    lb_ckpt_add_json(d, &e, o);
     json_object_set_new(o, "description", body ? body : json_null());
     return lb_json_dump(o);
 }
 
 /* -------------------------------------------------------------------- recover */
 
+static bool is_checkpoints(enum lb_vm_state s)
+{
+    return s == LB_VM_CHECKPOINTING || s == LB_VM_SUSPENDED || s == LB_VM_RESTORING || s == LB_VM_FILLING;
+}
+
 int lb_recover_here(const char *state_dir, const char *config_path, const char *vm, char text[512],
                     struct lb_error *err)
 {
     LB_AUTO_FREE char *throttle = lb_asprintf("%s/throttle", state_dir);
+    struct lb_ckpt_host h = {0};
+    bool fill_wanted;
     struct lb_session_env env = {.state_dir = state_dir, .hv = &lb_hv_qemu, .cancel_fd = -1,
                                  .config_path = config_path};
     struct lb_identity id;
@@ -485,8 +554,13 @@ int lb_recover_here(const char *state_dir, const char *config_path, const char *
         rc = -1;
     else if (e.state == LB_VM_PROTECTED || e.state == LB_VM_STANDBY)
         rc = lb_remus_recover(&env, vm, text, err);
+    else if (is_checkpoints(e.state))
+        /* A fill that is wanted is the scan's to begin. */
+        rc = lb_ckpt_host_open(&h, state_dir, config_path, err) ? -1
+                                                                : lb_ckpt_recover(&h.env, vm, &fill_wanted, text, err);
     else
         rc = lb_recover_vm(&env, vm, text, err);
+    lb_ckpt_host_close(&h);
     lb_identity_wipe(&id);
     return rc;
 }
@@ -571,6 +645,8 @@ char *lb_op_vm(struct daemon *d, const Lb__RpcRequest *r, struct lb_error *err)
         return op_stop(d, r->stop, err);
     case LB__RPC_REQUEST__KIND_RECOVER:
         return op_recover(d, r->recover, err);
+    case LB__RPC_REQUEST__KIND_CATALOG:
+        return lb_op_catalog_read(d, r->catalog, err);
     default:
         lb_fail(err, LB_E_INTERNAL, "a worker got request %d", (int)r->kind_case);
         return NULL;

@@ -264,11 +264,9 @@ void lb_protect_scan(struct daemon *d, const struct lb_vm_entry *e)
 
 void lb_recover_scan(struct daemon *d, const struct lb_vm_entry *e)
 {
-    struct ward *w = ward_find(d, e->name);
     struct lb_error err = LB_ERROR_INIT;
 
-    if (lb_session_of_vm(d, e->name) || lb_vm_is_locked(d->opt.state_dir, e->name) ||
-        (w && lb_now_ns() < w->recover_ns))
+    if (!lb_recover_due(d, e->name))
         return;
     if (!lb_session_spawn(d, "recover", e->name, NULL, NULL, -1, &err))
         lb_log_error(LB_LOG_ERROR, &err);
@@ -469,6 +467,14 @@ static void backup_ended(struct session *s)
     lb_clients_settle(s->d, s->vm, LB_WAIT_HERE, NULL, &e);
 }
 
+bool lb_recover_due(struct daemon *d, const char *vm)
+{
+    struct ward *w = ward_find(d, vm);
+
+    return !lb_session_of_vm(d, vm) && !lb_vm_is_locked(d->opt.state_dir, vm) &&
+           (!w || lb_now_ns() >= w->recover_ns);
+}
+
 static void recovery_ended(struct session *s)
 {
     struct ward *w = ward_of(s->d, s->vm);
@@ -488,7 +494,7 @@ void lb_protect_ended(struct session *s)
         primary_ended(s);
     else if (is(s, "backup"))
         backup_ended(s);
-    else if (is(s, "recover"))
+    else if (is(s, "recover") || is(s, "fill"))
         recovery_ended(s);
 }
 
@@ -606,7 +612,7 @@ static int check_protectable(struct daemon *d, const char *name, struct lb_error
     struct lb_vm_entry e;
 
     if (lb_vm_entry_load(d->opt.state_dir, name, &e, err) ||
-        lb_protect_refuse(d, &e, "protect", err))
+        lb_protect_refuse(d, &e, "protect", err) || lb_ckpt_refuse(d, &e, err))
         return -1;
     if (is(s, "out")) {
         lb_fail(err, LB_E_STATE, "VM %s is being migrated to host %s", name, s->peer);

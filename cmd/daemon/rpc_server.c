@@ -7,12 +7,13 @@
  * the VM's name: several sessions may follow each other before it is reached. A client
  * that goes away changes nothing: sessions and workers go on.
  */
-#include "cmd/daemon/daemon.h"
+#include "cmd/daemon/ckpt.h"
 
 #include <errno.h>
 #include <event2/buffer.h>
 #include <event2/listener.h>
 #include <fcntl.h>
+#include <sodium.h>
 #include <string.h>
 
 #define EVENT_BACKLOG_BYTES (256u << 10) /* a slow reader loses progress, not results */
@@ -23,6 +24,7 @@ struct client {
     struct daemon *d;
     struct bufferevent *bev;
     struct session *watching;
+    bool all;                 /* not content with a guest that runs while its memory comes */
     bool cancelling;          /* watches only to learn how the cancelled session ends */
     char vm[128];             /* of a cancel, or of what is waited for */
     enum lb_wait wait;
@@ -40,6 +42,8 @@ static void client_free(struct client *c)
         event_free(c->timeout);
     if (c->bev)
         bufferevent_free(c->bev);
+    if (c->watching)
+        lb_ckpt_abandon(c->watching);
     free(c->then);
     free(c);
 }
@@ -120,22 +124,60 @@ void lb_clients_event(struct session *s, const char *json)
             lb_client_event(c, json);
 }
 
+void lb_client_watch(struct client *c, struct session *s, bool all)
+{
+    json_t *ev = json_object();
+
+    c->watching = s;
+    c->all = all;
+    json_object_set_new(ev, "event", json_string("started"));
+    json_object_set_new(ev, "vm", lb_json_text(s->vm));
+    if (s->peer[0])
+        json_object_set_new(ev, "host", lb_json_text(s->peer));
+    json_object_set_new(ev, "session", json_string(s->id));
+    LB_AUTO_FREE char *text = lb_json_dump(ev);
+    lb_client_event(c, text);
+}
+
+static void too_late(struct client *c, const struct session *s, const char *json)
+{
+    struct lb_error e = LB_ERROR_INIT;
+
+    if (!strcmp(s->role, "out")) {
+        lb_fail(&e, LB_E_STATE, "too late: VM %s runs on host %s now", s->vm, s->peer);
+        lb_remedy(&e, "migrate it back from there");
+    } else {
+        lb_fail(&e, LB_E_STATE, "too late: it is done");
+        lb_remedy(&e, "`lifeboat status %s` shows how VM %s is", s->vm, s->vm);
+    }
+    lb_client_failure(c, &e, json);
+}
+
+void lb_clients_running(struct session *s, const char *json)
+{
+    struct client *c;
+
+    LIST_FOREACH (c, &s->d->clients, link) {
+        if (c->watching != s)
+            continue;
+        if (c->cancelling)
+            too_late(c, s, json);
+        else if (!c->all)
+            lb_client_result(c, json);
+    }
+}
+
 void lb_clients_result(struct session *s, const char *json)
 {
     struct client *c;
 
     LIST_FOREACH (c, &s->d->clients, link) {
-        struct lb_error e = LB_ERROR_INIT;
-
         if (c->watching != s)
             continue;
-        if (c->cancelling) {
-            lb_fail(&e, LB_E_STATE, "too late: VM %s runs on host %s now", s->vm, s->peer);
-            lb_remedy(&e, "migrate it back from there");
-            lb_client_failure(c, &e, json);
-        } else {
+        if (c->cancelling)
+            too_late(c, s, json);
+        else
             lb_client_result(c, json);
-        }
     }
 }
 
@@ -244,7 +286,7 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
     known = lb_hosts_by_name(&hosts, r->host) != NULL;
     lb_hosts_free(&hosts);
     s = lb_session_of_vm(d, r->name);
-    if (lb_protect_refuse(d, &e, "migrate", &err)) {
+    if (lb_protect_refuse(d, &e, "migrate", &err) || lb_ckpt_refuse(d, &e, &err)) {
         /* err says it */
     } else if (!known) {
         lb_fail(&err, LB_E_NOT_FOUND, "host %.100s is not known here", r->host);
@@ -279,14 +321,7 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
         lb_client_failure(c, &err, NULL);
         return;
     }
-    c->watching = s;
-    json_t *ev = json_object();
-    json_object_set_new(ev, "event", json_string("started"));
-    json_object_set_new(ev, "vm", json_string(s->vm));
-    json_object_set_new(ev, "host", lb_json_text(s->peer));
-    json_object_set_new(ev, "session", json_string(s->id));
-    LB_AUTO_FREE char *text = lb_json_dump(ev);
-    lb_client_event(c, text);
+    lb_client_watch(c, s, true);
 }
 
 static void on_cancel_timeout(evutil_socket_t fd, short what, void *arg)
@@ -308,8 +343,10 @@ static void start_cancel(struct client *c, const Lb__RpcName *r)
     struct session *s = lb_session_of_vm(c->d, r->name);
     struct lb_vm_entry e;
 
-    if (lb_vm_entry_load(c->d->opt.state_dir, r->name, &e, &err) ||
-        lb_protect_refuse(c->d, &e, "cancel", &err)) {
+    if (lb_ckpt_cancellable(s)) { /* a restore's VM may have no entry yet */
+        lb_session_order_cancel(s, &err);
+    } else if (lb_vm_entry_load(c->d->opt.state_dir, r->name, &e, &err) ||
+               lb_protect_refuse(c->d, &e, "cancel", &err)) {
         /* err says it */
     } else if (e.state == LB_VM_HANDED_OVER ||
                (s && (!strcmp(s->state, "handed-over") || !strcmp(s->state, "done") ||
@@ -321,7 +358,7 @@ static void start_cancel(struct client *c, const Lb__RpcName *r)
         lb_fail(&err, LB_E_STATE, "VM %s is coming in from host %s", r->name, e.peer);
         lb_remedy(&err, "cancel it there");
     } else if (!s || s->ended || strcmp(s->role, "out")) {
-        lb_fail(&err, LB_E_STATE, "VM %s is not being migrated", r->name);
+        lb_fail(&err, LB_E_STATE, "VM %s is not being migrated, and no checkpoint is at work on it", r->name);
         lb_remedy(&err, "`lifeboat status %s` shows what it does", r->name);
     } else {
         lb_session_order_cancel(s, &err);
@@ -442,6 +479,28 @@ static bool dispatch(struct client *c, const Lb__RpcRequest *r)
     case LB__RPC_REQUEST__KIND_TOP:
         answer(c, lb_op_top(d, &err), &err);
         return false;
+    case LB__RPC_REQUEST__KIND_CHECKPOINT:
+        lb_op_checkpoint(d, c, r);
+        return false;
+    case LB__RPC_REQUEST__KIND_RESTORE:
+        lb_op_restore(d, c, r);
+        return false;
+    case LB__RPC_REQUEST__KIND_CLONE:
+        lb_op_clone(d, c, r);
+        return false;
+    case LB__RPC_REQUEST__KIND_CATALOG:
+        if (!strcmp(r->catalog->op, "ls") || !strcmp(r->catalog->op, "show"))
+            return to_worker(c, r);
+        lb_op_catalog(d, c, r);
+        return false;
+    case LB__RPC_REQUEST__KIND_SCHEDULE:
+        answer(c, lb_op_schedule(d, r->schedule, &err), &err);
+        return false;
+    case LB__RPC_REQUEST__KIND_SUSPEND_ALL:
+    case LB__RPC_REQUEST__KIND_RESUME_ALL:
+    case LB__RPC_REQUEST__KIND_FILL_KEY:
+        lb_op_batch(d, c, r);
+        return false;
     case LB__RPC_REQUEST__KIND_STOP:
         return stop_protected(c, r) ? false : to_worker(c, r);
     case LB__RPC_REQUEST__KIND_RELEASE:
@@ -467,7 +526,7 @@ static void on_read(struct bufferevent *bev, void *arg)
     struct client *c = arg;
     struct lb_error err = LB_ERROR_INIT;
     Lb__RpcRequest *r;
-    uint8_t head[4];
+    uint8_t head[4], *body;
     uint32_t len;
 
     if (c->closing || c->watching || c->wait != LB_WAIT_NONE) {
@@ -485,7 +544,9 @@ static void on_read(struct bufferevent *bev, void *arg)
     if (evbuffer_get_length(in) < 4 + (size_t)len)
         return;
     evbuffer_drain(in, 4);
-    r = lb__rpc_request__unpack(NULL, len, len ? evbuffer_pullup(in, len) : head);
+    body = len ? evbuffer_pullup(in, len) : head;
+    r = lb__rpc_request__unpack(NULL, len, body);
+    sodium_memzero(body, len); /* there may be a passphrase in it */
     evbuffer_drain(in, len);
     if (!r) {
         lb_fail(&err, LB_E_PROTO, "the request could not be understood");
@@ -494,6 +555,7 @@ static void on_read(struct bufferevent *bev, void *arg)
     }
     bufferevent_set_timeouts(bev, NULL, &(struct timeval){30, 0});
     dispatch(c, r);
+    lb_ckpt_key_wipe(lb_ckpt_key_of(r));
     lb__rpc_request__free_unpacked(r, NULL);
 }
 

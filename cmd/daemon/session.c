@@ -2,7 +2,8 @@
  * cmd/daemon/session.c - one piece of work in a process of its own (lifeboatd --session).
  *
  *   main thread    out: lb_migrate_out, in: lb_serve_channel, recover: lb_recover_vm,
- *                  protect: lb_protect_run, backup: lb_backup_serve (role in, until it turns out)
+ *                  protect: lb_protect_run, backup: lb_backup_serve (role in, until it turns out);
+ *                  checkpoint, restore, fill, clone: ckpt_session.c, catalog: ckpt_catalog.c
  *   link thread    keeps the connection to the supervisor: says who we are, sends events and the
  *                  result, takes orders (cancel) and bulk connections
  *
@@ -11,7 +12,7 @@
  * destination that needs its bulk connections routed. Protections last for months: their
  * log is kept short.
  */
-#include "cmd/daemon/daemon.h"
+#include "cmd/daemon/session.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -59,8 +60,12 @@ struct sess {
     pthread_mutex_t mu;
     pthread_cond_t cond;
     char role[16], vm[128], peer[128];
-    bool hello_due, preflight_due, progress_due, protect_due, want_due;
-    char *preflight, *progress, *protect;
+    bool hello_due, want_due;
+    /* last event of each kind, and whether it is still to be sent, in this order */
+    struct event_slot {
+        char *text;
+        bool due;
+    } preflight, progress, protect, running;
     char *log_path;            /* set once */
     bool wants, noted, cancelled;
     uint8_t want_id[LB_SESSION_ID_BYTES];
@@ -94,10 +99,22 @@ static int send_text(int fd, char *json)
     return send_event(fd, &e);
 }
 
+/* mu held. The first event that is to be sent. */
+static struct event_slot *due_slot(struct sess *s)
+{
+    struct event_slot *const order[] = {&s->preflight, &s->progress, &s->protect, &s->running};
+
+    for (size_t i = 0; i < LB_ARRAY_LEN(order); i++)
+        if (order[i]->due)
+            return order[i];
+    return NULL;
+}
+
 /* mu held; released while sending. Returns -1 when the connection broke. */
 static int send_due(struct sess *s, int fd)
 {
     Lb__SessionEvent e = LB__SESSION_EVENT__INIT;
+    struct event_slot *slot;
     int rc = 0;
 
     if (s->hello_due) {
@@ -128,15 +145,10 @@ static int send_due(struct sess *s, int fd)
         e.kind_case = LB__SESSION_EVENT__KIND_WANT_SESSION_ID;
         e.want_session_id = (ProtobufCBinaryData){sizeof(id), id};
         rc = send_event(fd, &e);
-    } else if (s->preflight_due || s->progress_due || s->protect_due) {
-        bool *due = s->preflight_due  ? &s->preflight_due
-                    : s->progress_due ? &s->progress_due
-                                      : &s->protect_due;
-        LB_AUTO_FREE char *text = lb_strdup(due == &s->preflight_due  ? s->preflight
-                                            : due == &s->progress_due ? s->progress
-                                                                      : s->protect);
+    } else if ((slot = due_slot(s))) {
+        LB_AUTO_FREE char *text = lb_strdup(slot->text);
 
-        *due = false;
+        slot->due = false;
         pthread_mutex_unlock(&s->mu);
         rc = send_text(fd, text);
     } else if (s->final && !s->final_sent) {
@@ -151,10 +163,9 @@ static int send_due(struct sess *s, int fd)
     return rc;
 }
 
-static bool anything_due(const struct sess *s)
+static bool anything_due(struct sess *s)
 {
-    return s->hello_due || s->want_due || s->preflight_due || s->progress_due || s->protect_due ||
-           (s->final && !s->final_sent);
+    return s->hello_due || s->want_due || due_slot(s) || (s->final && !s->final_sent);
 }
 
 static void obey(struct sess *s, const Lb__SessionOrder *o, int *fd)
@@ -241,9 +252,10 @@ static void serve_link(struct sess *s, int fd)
     s->hello_due = true;
     s->want_due = s->wants;
     s->noted = false;
-    s->preflight_due = s->preflight != NULL;
-    s->progress_due = s->progress != NULL;
-    s->protect_due = s->protect != NULL;
+    s->preflight.due = s->preflight.text != NULL;
+    s->progress.due = s->progress.text != NULL;
+    s->protect.due = s->protect.text != NULL;
+    s->running.due = s->running.text != NULL;
     while (!s->stop) {
         while (anything_due(s))
             if (send_due(s, fd)) {
@@ -287,12 +299,12 @@ static void *link_main(void *arg)
 
 /* ----------------------------------------------------- what the engine asks of us */
 
-static void set_text(struct sess *s, char **slot, bool *due, char *text)
+static void set_text(struct sess *s, struct event_slot *slot, char *text)
 {
     pthread_mutex_lock(&s->mu);
-    free(*slot);
-    *slot = text;
-    *due = true;
+    free(slot->text);
+    slot->text = text;
+    slot->due = true;
     pthread_mutex_unlock(&s->mu);
     wake(s);
 }
@@ -307,7 +319,7 @@ static void on_report(const struct lb_progress *p, void *arg)
         return;
     json_object_set_new(o, "event", json_string("progress"));
     json_object_set_new(o, "vm", lb_json_text(s->vm));
-    set_text(s, &s->progress, &s->progress_due, lb_json_dump(o));
+    set_text(s, &s->progress, lb_json_dump(o));
 }
 
 static void on_preflight(const char *json, void *arg)
@@ -321,7 +333,7 @@ static void on_preflight(const char *json, void *arg)
     json_object_set_new(o, "event", json_string("preflight"));
     json_object_set_new(o, "vm", lb_json_text(s->vm));
     json_object_set_new(o, "checks", checks);
-    set_text(s, &s->preflight, &s->preflight_due, lb_json_dump(o));
+    set_text(s, &s->preflight, lb_json_dump(o));
 }
 
 /* What the engines of protection say of themselves. */
@@ -335,7 +347,7 @@ static void on_status(const struct lb_protect_status *p, void *arg)
         return;
     json_object_set_new(o, "event", json_string("protect"));
     json_object_set_new(o, "vm", lb_json_text(s->vm));
-    set_text(s, &s->protect, &s->protect_due, lb_json_dump(o));
+    set_text(s, &s->protect, lb_json_dump(o));
 }
 
 /* mu held. false when the time is over. */
@@ -392,31 +404,6 @@ static int take_conn(unsigned timeout_ms, struct lb_error *err, void *arg)
     return fd;
 }
 
-/* --------------------------------------------------------------------- the work */
-
-static int serve_backup(const struct lb_session_env *base, struct lb_chan *chan, const char *peer,
-                        Lb__Control *first, char *vm_name, struct lb_error *err);
-
-static struct lb_session_env env_of(struct sess *s, const struct lb_identity *id)
-{
-    struct lb_session_env e = {
-        .state_dir = s->start->state_dir,
-        .hv = &lb_hv_qemu,
-        .identity = id,
-        .cancel_fd = s->cancel_fd,
-        .report = on_report,
-        .preflight = on_preflight,
-        .want_conns = want_conns,
-        .take_conn = take_conn,
-        .arg = s,
-        .config_path = s->start->config_path,
-        .serve_other = serve_backup,
-    };
-
-    lb_unhex(e.session_id, sizeof(e.session_id), s->id);
-    return e;
-}
-
 static void open_log(struct sess *s, const char *name)
 {
     char *path = lb_asprintf("%s/log/%s.log", s->start->state_dir, name);
@@ -442,6 +429,83 @@ static void set_fields(struct sess *s)
     snprintf(text, sizeof(text), "%s%s%ssession=%.8s%s%s", s->vm[0] ? "vm=" : "", s->vm,
              s->vm[0] ? " " : "", s->id, s->peer[0] ? " peer=" : "", s->peer);
     lb_log_set_fields(text);
+}
+
+/* What the work of ckpt_session.c and ckpt_catalog.c asks; see session.h. */
+const Lb__SessionStart *lb_sess_start(const struct sess *s)
+{
+    return s->start;
+}
+
+/* Written by this thread alone: it may be read without mu. */
+const char *lb_sess_vm(const struct sess *s)
+{
+    return s->vm;
+}
+
+int lb_sess_cancel_fd(const struct sess *s)
+{
+    return s->cancel_fd;
+}
+
+static void set_name(struct sess *s, char *slot, size_t cap, const char *name)
+{
+    pthread_mutex_lock(&s->mu);
+    snprintf(slot, cap, "%s", name);
+    s->hello_due = true;
+    pthread_mutex_unlock(&s->mu);
+    set_fields(s);
+    wake(s);
+}
+
+void lb_sess_set_vm(struct sess *s, const char *vm)
+{
+    set_name(s, s->vm, sizeof(s->vm), vm);
+}
+
+void lb_sess_set_role(struct sess *s, const char *role)
+{
+    set_name(s, s->role, sizeof(s->role), role);
+}
+
+void lb_sess_open_log(struct sess *s)
+{
+    open_log(s, s->id);
+}
+
+void lb_sess_progress(struct sess *s, char *json)
+{
+    set_text(s, &s->progress, json);
+}
+
+void lb_sess_running(struct sess *s, char *json)
+{
+    set_text(s, &s->running, json);
+}
+
+/* --------------------------------------------------------------------- the work */
+
+static int serve_backup(const struct lb_session_env *base, struct lb_chan *chan, const char *peer,
+                        Lb__Control *first, char *vm_name, struct lb_error *err);
+
+static struct lb_session_env env_of(struct sess *s, const struct lb_identity *id)
+{
+    struct lb_session_env e = {
+        .state_dir = s->start->state_dir,
+        .hv = &lb_hv_qemu,
+        .identity = id,
+        .cancel_fd = s->cancel_fd,
+        .report = on_report,
+        .preflight = on_preflight,
+        .want_conns = want_conns,
+        .take_conn = take_conn,
+        .arg = s,
+        .config_path = s->start->config_path,
+        .serve_other = serve_backup,
+    };
+
+    lb_unhex(e.session_id, sizeof(e.session_id), s->id);
+    return e;
 }
 
 /* Values that were not given are the host's. */
@@ -481,7 +545,7 @@ static void add_checks(struct sess *s, char **json)
     json_t *o = json_loads(*json, 0, NULL), *p;
 
     pthread_mutex_lock(&s->mu);
-    p = s->preflight ? json_loads(s->preflight, 0, NULL) : NULL;
+    p = s->preflight.text ? json_loads(s->preflight.text, 0, NULL) : NULL;
     pthread_mutex_unlock(&s->mu);
     if (o && json_object_get(p, "checks")) {
         json_object_set(o, "checks", json_object_get(p, "checks"));
@@ -759,6 +823,7 @@ static Lb__SessionStart *read_start(struct lb_error *err)
     if (lb_file_read("/proc/self/fd/3", LB_RPC_MAX_BYTES, &buf, &len, err))
         return NULL;
     m = lb__session_start__unpack(NULL, len, (uint8_t *)buf);
+    sodium_memzero(buf, len); /* there may be a passphrase in it */
     if (!m || m->session_id.len != LB_SESSION_ID_BYTES || !m->state_dir[0]) {
         if (m)
             lb__session_start__free_unpacked(m, NULL);
@@ -800,12 +865,36 @@ static int begin(struct sess *s, struct lb_error *err)
     return 0;
 }
 
+typedef int work_fn(struct sess *s, char **json, struct lb_error *err);
+
+/* The roles that talk to no other host. */
+static work_fn *work_of(const char *role)
+{
+    static const struct {
+        const char *role;
+        work_fn *work;
+    } works[] = {
+        {"checkpoint", lb_work_checkpoint}, {"scheduled", lb_work_checkpoint},
+        {"restore", lb_work_restore},       {"fill", lb_work_fill},
+        {"clone", lb_work_clone},           {"catalog", lb_work_catalog},
+    };
+
+    for (size_t i = 0; i < LB_ARRAY_LEN(works); i++)
+        if (!strcmp(role, works[i].role))
+            return works[i].work;
+    return NULL;
+}
+
 /* No error reaches an operator without a word on what to do; errors of deep layers
  * cannot know it. */
 static void add_remedy(struct sess *s, struct lb_error *err)
 {
     if (err->remedy[0])
         return;
+    if (work_of(s->start->role)) {
+        lb_remedy(err, "see %.250s/log/%s.log", s->start->state_dir, s->id);
+        return;
+    }
     switch (err->code) {
     case LB_E_AUTH:
     case LB_E_PROTO:
@@ -865,7 +954,9 @@ int lb_session_main(void)
     }
     LB_AUTO_FREE char *throttle = lb_asprintf("%s/throttle", s.start->state_dir);
     lb_qemu_set_throttle_dir(throttle);
-    if (!strcmp(s.start->role, "recover"))
+    if (work_of(s.start->role))
+        rc = work_of(s.start->role)(&s, &json, &err);
+    else if (!strcmp(s.start->role, "recover"))
         rc = recover(&s, &json, &err);
     else if (lb_identity_load(s.start->state_dir, &id, &err))
         rc = -1;

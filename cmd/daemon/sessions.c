@@ -53,6 +53,7 @@ static void session_free(struct session *s)
     free(s->preflight);
     free(s->progress);
     free(s->protect);
+    free(s->result);
     free(s);
 }
 
@@ -74,18 +75,22 @@ static void finish(struct session *s)
 {
     struct daemon *d = s->d;
     struct lb_error e = LB_ERROR_INIT;
-    bool undecided;
+    bool undecided, of_vm = s->vm[0];
 
     if (s->conn)
         drain(s->conn);
     if (!s->ended) {
         if (WIFSIGNALED(s->exit_status))
-            lb_fail(&e, LB_E_INTERNAL, "the session of VM %s was killed by signal %d", s->vm,
-                    WTERMSIG(s->exit_status));
+            lb_fail(&e, LB_E_INTERNAL, "the session%s%s was killed by signal %d", of_vm ? " of VM " : "",
+                    s->vm, WTERMSIG(s->exit_status));
         else
-            lb_fail(&e, LB_E_INTERNAL, "the session of VM %s ended without a result", s->vm);
-        lb_remedy(&e, "recovery has begun: `lifeboat status %s` shows where the VM is; see "
-                      "%.200s/log/%s.log", s->vm, d->opt.state_dir, s->id);
+            lb_fail(&e, LB_E_INTERNAL, "the session%s%s ended without a result",
+                    of_vm ? " of VM " : "", s->vm);
+        if (of_vm)
+            lb_remedy(&e, "recovery has begun: `lifeboat status %s` shows where the VM is; see "
+                          "%.200s/log/%s.log", s->vm, d->opt.state_dir, s->id);
+        else
+            lb_remedy(&e, "see %.250s/log/%s.log", d->opt.state_dir, s->id);
         if (s->vm[0])
             lb_log_error(LB_LOG_ERROR, &e);
         s->error = e;
@@ -93,8 +98,9 @@ static void finish(struct session *s)
     }
     lb_log(LB_LOG_DEBUG, "session %s role=%s vm=%s ended", s->id, s->role, s->vm);
     lb_protect_ended(s);
+    lb_ckpt_ended(s);
     /* A recovery that decided nothing is tried again by its timer, not at once. */
-    undecided = !strcmp(s->role, "recover") && s->error.code;
+    undecided = (!strcmp(s->role, "recover") || !strcmp(s->role, "fill")) && s->error.code;
     session_free(s);
     if (!undecided)
         lb_daemon_scan(d);
@@ -303,9 +309,13 @@ static void event_of(struct session *s, const char *text)
             lb_protect_event(s, state, note ? note : "", text);
         }
     } else if (kind) {
+        /* It was not connected yet when nobody wanted its work any more. */
+        if (s->abandoned)
+            s->abandoned = lb_session_order_cancel(s, NULL) != 0;
         lb_clients_event(s, text);
         if (!strcmp(s->role, "protect"))
             lb_clients_tell(s->d, s->vm, text);
+        lb_ckpt_event(s, kind, o, text);
     }
     json_decref(o);
 }
@@ -340,6 +350,7 @@ static bool handle(struct link *l, const Lb__SessionEvent *e)
         if (!strcmp(s->role, "recover"))
             lb_log(LB_LOG_INFO, "vm=%s recovered: %s", s->vm, e->result_json);
         note_end(s, e->result_json);
+        replace(&s->result, e->result_json);
         lb_clients_result(s, e->result_json);
         return true;
     case LB__SESSION_EVENT__KIND_FAILURE:
@@ -473,6 +484,7 @@ int lb_sessions_start(struct daemon *d, struct lb_error *err)
 static int start_file(const Lb__SessionStart *m, struct lb_error *err)
 {
     size_t len;
+    int rc;
     LB_AUTO_FREE uint8_t *buf = NULL;
     LB_AUTO_FD int fd = memfd_create("lifeboat-session", MFD_CLOEXEC);
 
@@ -481,7 +493,9 @@ static int start_file(const Lb__SessionStart *m, struct lb_error *err)
     len = lb__session_start__get_packed_size(m);
     buf = lb_alloc(len + 1);
     lb__session_start__pack(m, buf);
-    if (lb_write_all(fd, buf, len, err) || lseek(fd, 0, SEEK_SET) < 0)
+    rc = lb_write_all(fd, buf, len, err);
+    sodium_memzero(buf, len); /* there may be a passphrase in it */
+    if (rc || lseek(fd, 0, SEEK_SET) < 0)
         return -1;
     return LB_STEAL_FD(fd);
 }
@@ -509,34 +523,27 @@ static void become_session(int start_fd, int conn_fd, const char *role, const ch
     _exit(127);
 }
 
-struct session *lb_session_spawn(struct daemon *d, const char *role, const char *vm,
-                                 const char *host, const Lb__MigrateOptions *opts, int conn_fd,
-                                 struct lb_error *err)
+/* m says role, VM, host, options and request. */
+static struct session *spawn(struct daemon *d, Lb__SessionStart *m, int conn, struct lb_error *err)
 {
-    LB_AUTO_FD int conn = conn_fd;
-    Lb__SessionStart m = LB__SESSION_START__INIT;
     uint8_t id[LB_SESSION_ID_BYTES];
     sigset_t all, old;
     struct session *s;
     pid_t pid;
 
     randombytes_buf(id, sizeof(id));
-    m.role = (char *)role;
-    m.session_id = (ProtobufCBinaryData){sizeof(id), id};
-    m.state_dir = d->opt.state_dir;
-    m.config_path = d->opt.config_path;
-    m.vm = (char *)(vm ? vm : "");
-    m.host = (char *)(host ? host : "");
-    m.options = (Lb__MigrateOptions *)opts;
-    m.log_level = d->opt.log_level;
-    LB_AUTO_FD int start_fd = start_file(&m, err);
+    m->session_id = (ProtobufCBinaryData){sizeof(id), id};
+    m->state_dir = d->opt.state_dir;
+    m->config_path = d->opt.config_path;
+    m->log_level = d->opt.log_level;
+    LB_AUTO_FD int start_fd = start_file(m, err);
     if (start_fd < 0)
         return NULL;
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, &old);
     pid = fork();
     if (pid == 0)
-        become_session(start_fd, conn, role, vm);
+        become_session(start_fd, conn, m->role, m->vm);
     sigprocmask(SIG_SETMASK, &old, NULL);
     if (pid < 0) {
         lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot start a session");
@@ -546,9 +553,9 @@ struct session *lb_session_spawn(struct daemon *d, const char *role, const char 
     s->d = d;
     s->pid = pid;
     lb_hex(s->id, id, sizeof(id));
-    set_role(s, role);
-    snprintf(s->vm, sizeof(s->vm), "%s", vm ? vm : "");
-    snprintf(s->peer, sizeof(s->peer), "%s", host ? host : "");
+    set_role(s, m->role);
+    snprintf(s->vm, sizeof(s->vm), "%s", m->vm);
+    snprintf(s->peer, sizeof(s->peer), "%s", m->host);
     LIST_INSERT_HEAD(&d->sessions, s, link);
     if (watch(s)) {
         lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot watch a session");
@@ -557,6 +564,31 @@ struct session *lb_session_spawn(struct daemon *d, const char *role, const char 
         session_free(s);
         return NULL;
     }
-    lb_log(LB_LOG_DEBUG, "session %s role=%s vm=%s process=%d", s->id, role, s->vm, (int)pid);
+    lb_log(LB_LOG_DEBUG, "session %s role=%s vm=%s process=%d", s->id, s->role, s->vm, (int)pid);
     return s;
+}
+
+struct session *lb_session_spawn(struct daemon *d, const char *role, const char *vm,
+                                 const char *host, const Lb__MigrateOptions *opts, int conn_fd,
+                                 struct lb_error *err)
+{
+    LB_AUTO_FD int conn = conn_fd;
+    Lb__SessionStart m = LB__SESSION_START__INIT;
+
+    m.role = (char *)role;
+    m.vm = (char *)(vm ? vm : "");
+    m.host = (char *)(host ? host : "");
+    m.options = (Lb__MigrateOptions *)opts;
+    return spawn(d, &m, conn, err);
+}
+
+struct session *lb_session_spawn_for(struct daemon *d, const char *role, const char *vm,
+                                     const Lb__RpcRequest *r, struct lb_error *err)
+{
+    Lb__SessionStart m = LB__SESSION_START__INIT;
+
+    m.role = (char *)role;
+    m.vm = (char *)vm;
+    m.request = (Lb__RpcRequest *)r;
+    return spawn(d, &m, -1, err);
 }

@@ -2,9 +2,10 @@
  * cmd/daemon/supervisor.c - start, scan, stop.
  *
  * The scan looks at every entry of the registry: a VM that is in the middle of a
- * migration and that nobody works on (its session died, or this host just came
+ * migration or a checkpoint and that nobody works on (its session died, or this host just came
  * up) gets a session of role "recover"; a VM that runs here and is to be protected gets one
- * of role "protect"; a VM whose process is gone becomes dead. It runs at start, when
+ * of role "protect", one whose memory nobody fills one of role "fill", one of which a checkpoint is due
+ * one of role "scheduled"; a VM whose process is gone becomes dead. It runs at start, when
  * a session ends, and every 2 s; what did not succeed (the other host does not
  * answer) is tried again later and later (protect.c).
  */
@@ -18,7 +19,9 @@
 #include <sodium.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "migrate/journal.h"
@@ -60,10 +63,12 @@ void lb_daemon_scan(struct daemon *d)
     for (unsigned i = 0; i < n; i++) {
         switch (v[i].state) {
         case LB_VM_RUNNING:
-            if (!lb_proc_alive(&v[i].proc))
+            if (!lb_proc_alive(&v[i].proc)) {
                 note_death(d, v[i].name);
-            else
+            } else {
                 lb_protect_scan(d, &v[i]);
+                lb_schedule_scan(d, &v[i]);
+            }
             break;
         case LB_VM_MIGRATING_OUT:
         case LB_VM_INCOMING:
@@ -72,15 +77,21 @@ void lb_daemon_scan(struct daemon *d)
         case LB_VM_STANDBY:
         case LB_VM_CHECKPOINTING:
         case LB_VM_RESTORING:
-        case LB_VM_FILLING:
             lb_recover_scan(d, &v[i]);
             break;
-        case LB_VM_DEAD:
+        case LB_VM_FILLING:
+            lb_fill_scan(d, &v[i]);
+            break;
         case LB_VM_SUSPENDED:
+            if (v[i].proc.pid > 0) /* the process that is to end, when nobody has seen to it */
+                lb_recover_scan(d, &v[i]);
+            break;
+        case LB_VM_DEAD:
             break;
         }
     }
     lb_wards_prune(d, v, n);
+    lb_batch_step(d);
 }
 
 /* A receiver journalled PREPARED whose entry is gone never ran: make that answer durable
@@ -243,6 +254,27 @@ static void on_stop(evutil_socket_t sig, short what, void *arg)
     event_base_loopbreak(d->base);
 }
 
+/* To systemd (Type=notify): whoever is ordered after us finds the socket there. Nothing that we start is to
+ * speak to it in our name. */
+static void say_ready(void)
+{
+    const char *path = getenv("NOTIFY_SOCKET");
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    size_t len = path ? strlen(path) : 0;
+    LB_AUTO_FD int fd = -1;
+
+    if (!len || len >= sizeof(a.sun_path))
+        return;
+    memcpy(a.sun_path, path, len);
+    if (a.sun_path[0] == '@') /* an abstract address */
+        a.sun_path[0] = '\0';
+    fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || sendto(fd, "READY=1", 7, MSG_NOSIGNAL, (struct sockaddr *)&a,
+                         (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0)
+        lb_log(LB_LOG_WARN, "cannot tell systemd that we are ready: %s", strerror(errno));
+    unsetenv("NOTIFY_SOCKET");
+}
+
 static void on_hup(evutil_socket_t sig, short what, void *arg)
 {
     (void)sig;
@@ -308,6 +340,7 @@ int lb_daemon_run(const struct daemon_options *opt, struct lb_error *err)
         return lb_fail(err, LB_E_INTERNAL, "libsodium does not start");
     rc = start(d, err);
     if (!rc) {
+        say_ready();
         event_base_dispatch(d->base);
         unlink(d->opt.socket);
         unlink(d->sessions_path);

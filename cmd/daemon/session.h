@@ -1,0 +1,36 @@
+/*
+ * cmd/daemon/session.h - what the work of a session asks of the session process around it (session.c).
+ *
+ * All of it is for the main thread, which does the work.
+ */
+#ifndef LB_SESSION_H
+#define LB_SESSION_H
+
+#include "cmd/daemon/daemon.h"
+
+struct sess;
+
+/* What it was started with. The request's key is the work's to wipe (lb_ckpt_key_for does). */
+const Lb__SessionStart *lb_sess_start(const struct sess *s);
+const char *lb_sess_vm(const struct sess *s);
+/* Readable when cancel was asked for. */
+int lb_sess_cancel_fd(const struct sess *s);
+/* From now on it is this VM's session, or one of this role: the supervisor is told. */
+void lb_sess_set_vm(struct sess *s, const char *vm);
+void lb_sess_set_role(struct sess *s, const char *role);
+/* Log to STATE_DIR/log/SESSION.log. */
+void lb_sess_open_log(struct sess *s);
+/* Events; take the text. */
+void lb_sess_progress(struct sess *s, char *json);
+void lb_sess_running(struct sess *s, char *json);
+
+/* ---- the work: 0 and *json (malloc'ed), or -1, *err and perhaps *json */
+/* ckpt_session.c */
+int lb_work_checkpoint(struct sess *s, char **json, struct lb_error *err); /* also role "scheduled" */
+int lb_work_restore(struct sess *s, char **json, struct lb_error *err);
+int lb_work_fill(struct sess *s, char **json, struct lb_error *err);
+int lb_work_clone(struct sess *s, char **json, struct lb_error *err);
+/* ckpt_catalog.c */
+int lb_work_catalog(struct sess *s, char **json, struct lb_error *err);
+
+#endif
