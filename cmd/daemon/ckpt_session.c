@@ -136,6 +136,8 @@ static json_t *take_json(const struct work *w, const struct lb_take_result *r)
     json_object_set_new(o, "ref", lb_json_text(r->ref));
     json_object_set_new(o, "path", lb_json_text(r->path));
     lb_ckpt_stats_json(o, &r->stats);
+    if (known) /* of the whole file, with what was written last */
+        put_int(o, "file_bytes", info.file_bytes);
     put_int(o, "rounds", r->rounds);
     put_int(o, "disks", r->disks);
     json_object_set_new(o, "pause_ms", lb_ckpt_real(r->pause_ms));
