@@ -52,7 +52,7 @@ static int check_blockers(const struct lb_vm_desc *d, struct lb_error *err)
     return lb_remedy(err, "%s", why ? why + 1 + strspn(why + 1, " ") : "remove it from the VM");
 }
 
-static int open_vm(struct lb_take *t, struct lb_error *err)
+static int attach(struct lb_take *t, struct lb_error *err)
 {
     struct lb_vm_ident id = lb_ckpt_ident(&t->entry);
     bool alive, running;
@@ -62,6 +62,11 @@ static int open_vm(struct lb_take *t, struct lb_error *err)
     if (!alive)
         return lb_fail(err, LB_E_HV, "the process of VM %s is gone", t->entry.name);
     t->paused = !running;
+    return 0;
+}
+
+static int look_at_vm(struct lb_take *t, struct lb_error *err)
+{
     if (lb_hv_describe(t->vm, &t->meta.desc, err))
         return -1;
     free(t->meta.desc.name);
@@ -240,13 +245,15 @@ static void look_at_space(struct lb_take *t)
 
 int lb_take_open(struct lb_take *t, struct lb_error *err)
 {
-    if (check_state(t, err) || open_vm(t, err))
+    if (check_state(t, err) || attach(t, err))
         return -1;
-    describe_disks(t);
     t->lock = lb_catalog_lock(t->env->catalog_dir, t->entry.name, LOCK_MS, err);
     if (t->lock < 0)
         return -1;
-    undo_earlier(t);
+    undo_earlier(t); /* its disks are others then */
+    if (look_at_vm(t, err))
+        return -1;
+    describe_disks(t);
     if (choose_path(t, err))
         return -1;
     open_parent(t);

@@ -464,6 +464,45 @@ static void test_cancel(void **state)
     assert_good("vm@suspend", 0, true);
 }
 
+/* The guest's disk was frozen and nothing came of it, and the images cannot be joined either: the next one does. */
+static void test_undo_later(void **state)
+{
+    struct lb_take_opts o = {0};
+    struct lb_take_result res;
+    struct lb_error err;
+    struct lb_vm_entry e;
+    struct lb_ckpt_entry ck;
+    lb_fake_id id = boot(&busy, &e);
+    char path[128];
+
+    (void)state;
+    seen.cancel_fd = eventfd(0, EFD_CLOEXEC);
+    seen.cancel_at = 4; /* writing: after the pause */
+    lb_fake_fail(LB_FAKE_DISK_JOIN, 1, LB_E_HV);
+    assert_int_equal(take(&o, &res, &err), -1);
+    assert_int_equal(err.code, LB_E_CANCELLED);
+    close(seen.cancel_fd);
+    seen.cancel_fd = -1;
+    seen.cancel_at = 0;
+    assert_int_equal(lb_fake_calls(LB_FAKE_DISK_JOIN), 1);
+    assert_goes_on(id);
+    assert_int_equal(entry_now().state, LB_VM_RUNNING);
+    snprintf(path, sizeof(path), "%s/vms/vm", dir);
+    assert_int_equal(count_files(path, "take.json"), 1);
+    assert_int_equal(count_files(dir, ".lb-vm-1"), 1);
+
+    take(&o, &res, NULL);
+    assert_int_equal(lb_fake_calls(LB_FAKE_DISK_JOIN), 2);
+    assert_string_equal(res.ref, "vm@2");
+    assert_good("vm@2", id, true);
+    assert_int_equal(lb_catalog_find(catalog, "vm@2", NULL, &ck, NULL), 0);
+    assert_string_equal(ck.info.meta.disks[0].path, disk);
+    lb_ckpt_entry_free(&ck);
+    assert_int_equal(count_files(dir, ".lb-vm-1"), 0);
+    assert_nothing_left(1);
+    assert_goes_on(id);
+}
+
 enum how { FAILS, FAILS_LATE, DIES };
 
 /* One take with the nth call of a slot going wrong. false: there was no nth call. */
@@ -742,7 +781,7 @@ int main(void)
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
         T(test_live), T(test_live_no_map), T(test_increments), T(test_suspend), T(test_paused), T(test_no_disk),
-        T(test_refused), T(test_cancel), T(test_faults_live), T(test_faults_suspend),
+        T(test_refused), T(test_cancel), T(test_undo_later), T(test_faults_live), T(test_faults_suspend),
         T(test_recover_pause), T(test_recover_committed), T(test_recover_suspended), T(test_full_disk),
     };
     lb_log_set_level(LB_LOG_ERROR);
