@@ -324,6 +324,69 @@ static void test_increments(void **state)
     assert_nothing_left(11);
 }
 
+/* A guest that writes faster than a round: a second one is tried, then it is stopped all the same. */
+static void test_rounds(void **state)
+{
+    struct lb_take_opts o = {0};
+    struct lb_take_result res = {0};
+    struct lb_fake_config c = busy;
+    struct lb_vm_entry e;
+    lb_fake_id id;
+
+    (void)state;
+    c.rate_pages_per_s = 1000000;
+    c.working_set_pages = 1900;
+    c.random_bytes = 32;
+    id = boot(&c, &e);
+    for (unsigned i = 0; i < 20 && res.rounds < 2; i++) { /* the guest may get no processor meanwhile */
+        take(&o, &res, NULL);
+        assert_true(res.rounds <= 8);
+        assert_good(res.ref, id, true);
+    }
+    assert_true(res.rounds >= 2);
+    assert_goes_on(id);
+    assert_int_equal(bad_pages(id), 0);
+}
+
+/* Less room for the pages of the pause than there are: the guest waits for the file, nothing is lost. By hand, because
+ * a host that has so little cannot be had. */
+static void test_little_room(void **state)
+{
+    struct lb_ckpt_env env = env_here();
+    struct lb_take_opts o = {0};
+    struct lb_take_result res = {0};
+    struct lb_vm_entry e;
+    struct lb_error err = LB_ERROR_INIT;
+    lb_fake_id id = boot(&busy, &e);
+    uint64_t cap;
+    struct lb_take t = {.env = &env, .opts = &o, .res = &res, .what = "checkpoint", .before = e, .entry = e, .lock = -1};
+
+    (void)state;
+    lb_ckpt_meter_init(&t.meter, &env, "checkpoint", 0);
+    if (lb_take_open(&t, &err) || lb_take_begin_log(&t, &err) || lb_take_rounds(&t, &err) || lb_take_reserve(&t, &err))
+        fail_msg("%s", err.message);
+    cap = t.late.cap;
+    t.late.cap = 7;
+    lb_sleep_ms(100);
+    if (lb_take_pause(&t, &err) || lb_hv_save_begin(t.vm, false, &err) || lb_take_last_pages(&t, &err) ||
+        lb_hv_save_end(t.vm, &t.state, &t.state_len, &err) || lb_take_continue(&t, &err))
+        fail_msg("%s", err.message);
+    assert_int_equal(t.late.n, 7);
+    assert_true(t.meter.p.note[0]);
+    if (lb_take_write_late(&t, &err) || lb_take_put_hot(&t, &err) ||
+        lb_ckpt_commit(LB_STEAL_PTR(t.writer), &t.meta, t.state, t.state_len, NULL, &err))
+        fail_msg("%s", err.message);
+    lb_hv_detach(t.vm);
+    t.late.cap = cap; /* of the mapping */
+    lb_take_free_pages(&t);
+    lb_ckpt_meta_free(&t.meta);
+    free(t.disks);
+    free(t.state);
+    close(t.lock);
+    assert_good("vm@1", 0, true);
+    assert_goes_on(id);
+}
+
 static void test_suspend(void **state)
 {
     struct lb_take_opts o = {.suspend = true};
@@ -780,7 +843,8 @@ int main(void)
 {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
-        T(test_live), T(test_live_no_map), T(test_increments), T(test_suspend), T(test_paused), T(test_no_disk),
+        T(test_live), T(test_live_no_map), T(test_increments), T(test_rounds),
+        T(test_little_room), T(test_suspend), T(test_paused), T(test_no_disk),
         T(test_refused), T(test_cancel), T(test_undo_later), T(test_faults_live), T(test_faults_suspend),
         T(test_recover_pause), T(test_recover_committed), T(test_recover_suspended), T(test_full_disk),
     };
