@@ -724,6 +724,100 @@ static void mirrored_disk(void **state)
     lb_fake_reset();
 }
 
+static int count_to(uint64_t done, uint64_t total, void *arg)
+{
+    assert_true(done <= total);
+    ++*(int *)arg;
+    return 0;
+}
+
+static int stop_at_once(uint64_t done, uint64_t total, void *arg)
+{
+    (void)done, (void)total, (void)arg;
+    return -1;
+}
+
+static uint64_t writes_of(lb_fake_id id, const char *image)
+{
+    uint64_t n = 0;
+    struct lb_error err = LB_ERROR_INIT;
+    if (lb_fake_image(id, image, &n, &err) < 0)
+        fail_msg("%s", err.message);
+    return n;
+}
+
+/* One moment of the disk; returns how many writes it holds. */
+static uint64_t freeze_to(struct lb_hv_vm *vm, lb_fake_id id, const char *overlay)
+{
+    struct lb_fake_stats st;
+    assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
+    for (uint64_t had = st.disk_writes; st.disk_writes < had + 3; lb_sleep_ms(1))
+        assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
+    assert_int_equal(lb_hv_disk_overlay(vm, "disk0", overlay, NULL), 0);
+    assert_int_equal(lb_hv_stop(vm, NULL), 0);
+    assert_int_equal(lb_hv_disk_freeze(vm, NULL), 0);
+    assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
+    assert_int_equal(lb_hv_cont(vm, NULL), 0);
+    return st.disk_writes;
+}
+
+static void frozen_disk(void **state)
+{
+    (void)state;
+    struct lb_fake_config c = with_io;
+    struct lb_error err = LB_ERROR_INIT;
+    struct lb_hv_disk *disks;
+    char dir[] = "/tmp/lbf.XXXXXX";
+    unsigned n;
+    int ticks = 0;
+    uint64_t at[4], writes;
+    assert_non_null(mkdtemp(dir));
+    LB_AUTO_FREE char *base = lb_asprintf("%s/a", dir);
+    char *over[4];
+    for (unsigned i = 0; i < 4; i++)
+        over[i] = lb_asprintf("%s/a.%u", dir, i);
+    c.disk_writes_per_s = 5000;
+    c.disk_path = base;
+    lb_fake_id id = start(&c);
+    struct lb_hv_vm *vm = attach(id);
+
+    /* made ready and dropped: nothing happened */
+    assert_int_equal(lb_hv_disk_overlay(vm, "disk0", over[0], NULL), 0);
+    assert_int_equal(lb_hv_disk_overlay(vm, "disk0", over[1], &err), -1);
+    assert_int_equal(err.code, LB_E_EXISTS);
+    lb_hv_disk_overlay_drop(vm);
+    assert_int_equal(access(over[0], F_OK), -1);
+
+    for (unsigned i = 0; i < 4; i++)
+        at[i] = freeze_to(vm, id, over[i]);
+    assert_int_equal(lb_hv_disks(vm, &disks, &n, NULL), 0);
+    assert_string_equal(disks[0].path, over[3]);
+    assert_string_equal(disks[0].format, "qcow2");
+    free(disks);
+    assert_true(writes_of(id, base) == at[0] && writes_of(id, over[0]) == at[1] && at[0] < at[1]);
+    assert_true(writes_of(id, over[2]) == at[3] && writes_of(id, over[3]) >= at[3]);
+
+    assert_int_equal(lb_hv_disk_join(vm, "disk0", over[1], over[0], stop_at_once, NULL, &err), -1);
+    assert_int_equal(err.code, LB_E_CANCELLED);
+    assert_int_equal(lb_hv_disk_join(vm, "disk0", base, over[0], NULL, NULL, &err), -1);
+    assert_int_equal(err.code, LB_E_NOT_FOUND);
+    assert_int_equal(lb_hv_disk_join(vm, "disk0", over[1], over[0], count_to, &ticks, NULL), 0);
+    assert_true(ticks > 1);
+    assert_true(writes_of(id, over[0]) == at[2] && writes_of(id, base) == at[0]);
+    assert_int_equal(lb_fake_image(id, over[1], &writes, &err), -1);
+    assert_int_equal(lb_hv_disk_join(vm, "disk0", over[3], base, NULL, NULL, NULL), 0);
+    assert_int_equal(lb_hv_disks(vm, &disks, &n, NULL), 0);
+    assert_string_equal(disks[0].path, base);
+    assert_string_equal(disks[0].format, "raw");
+    free(disks);
+    assert_true(writes_of(id, base) >= at[3]);
+    lb_hv_detach(vm);
+    lb_fake_reset();
+    for (unsigned i = 0; i < 4; i++)
+        free(over[i]);
+    lb_remove_tree(dir, NULL);
+}
+
 /* Card and disk of a copy go on where the state says; each copy may run: no lock. */
 static void io_travels(void **state)
 {
@@ -911,7 +1005,8 @@ int main(void)
         cmocka_unit_test(mistakes_are_found), cmocka_unit_test(bad_input),
         cmocka_unit_test(fault_hooks),        cmocka_unit_test(every_fault),
         cmocka_unit_test(every_death),        cmocka_unit_test(card),
-        cmocka_unit_test(mirrored_disk),      cmocka_unit_test(io_travels),
+        cmocka_unit_test(mirrored_disk),      cmocka_unit_test(frozen_disk),
+             cmocka_unit_test(io_travels),
         cmocka_unit_test(clock_and_mode),     cmocka_unit_test(misuse_aborts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -490,6 +490,43 @@ static void test_copied_disk(void **s)
     free(nowhere);
 }
 
+/* An overlay took the place of the disk: it is checked, with what it stands on by its own header, and the image
+ * of the command line is not; a copy stands on nothing. */
+static void test_overlay(void **s)
+{
+    (void)s;
+    unsigned char head[300] = {'Q', 'F', 'I', 0xfb, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 200, 0, 0, 0, 8};
+    char *overlay = in_dir("over.qcow2"), *base = in_dir("base.img");
+    const char *const copied[] = {overlay};
+    struct lb_disk_desc disks[] = {
+        {(char *)"d0", overlay, (char *)"qcow2", false, false, (char *)"stale.img", false},
+        {(char *)"#b", (char *)"/elsewhere/base.img", (char *)"raw", true, false, NULL, true},
+    };
+    struct lb_vm_desc d = desc(ARGV("-drive", "file=stale.img,format=raw"));
+    struct lb_report r = {0};
+    d.disks = disks;
+    d.n_disks = 2;
+    memcpy(head + 200, "base.img", 8);
+    assert_int_equal(lb_file_write_atomic(overlay, head, sizeof(head), 0644, NULL), 0);
+    expect(&d, "disks", LB_CHECK_FAIL, "base.img: No such file", "qemu-img rebase");
+    lb_preflight_standby(&d, &cfg, dir, lb_wall_ms(), copied, 1, &r);
+    assert_false(lb_report_refused(&r));
+    lb_report_free(&r);
+    put("base.img", "x", 0644);
+    expect(&d, "disks", LB_CHECK_OK, "over.qcow2", "");
+    r = run(&d);
+    assert_false(lb_report_refused(&r));
+    lb_report_free(&r);
+    /* the same bytes in a raw image are the guest's */
+    assert_int_equal(unlink(base), 0);
+    disks[0].format = (char *)"raw";
+    r = run(&d);
+    assert_false(lb_report_refused(&r));
+    lb_report_free(&r);
+    free(overlay);
+    free(base);
+}
+
 static void test_sockets(void **s)
 {
     (void)s;
@@ -716,7 +753,7 @@ int main(void)
         cmocka_unit_test(test_scan_by_hand), cmocka_unit_test(test_scan_libvirt),
         cmocka_unit_test(test_scan_proxmox), cmocka_unit_test(test_scan_nonsense),
         T(test_all_good), T(test_emulator), T(test_run_deadline), T(test_resources), T(test_files),
-        T(test_other_user), T(test_disk_lock), T(test_copied_disk), T(test_sockets), T(test_ports), T(test_taps),
+        T(test_other_user), T(test_disk_lock), T(test_copied_disk), T(test_overlay), T(test_sockets), T(test_ports), T(test_taps),
         cmocka_unit_test(test_real_taps),         T(test_others), cmocka_unit_test(test_features), cmocka_unit_test(test_report),
     };
     return cmocka_run_group_tests_name("preflight", tests, NULL, NULL);
