@@ -120,8 +120,10 @@ struct lb_launch_opts {
     const char *new_name;            /* of the VM: -name */
     const char *new_uuid;
     const char *mac_seed;            /* new MACs (locally administered), a function of this and the old one */
-    /* Main memory as a private view of this memfd (which has exactly its size): absent pages are the
-     * memfd's, writes are the VM's own. 0: memory of its own. The caller may close it after launch. */
+    /* Main memory as a private view of this memfd: absent pages are the memfd's, writes are the VM's own.
+     * It has exactly main memory's size and is sealed (F_SEAL_SHRINK, GROW, WRITE: its writable mappings are
+     * gone). prepare_ram is to be called; then nothing of main memory is placed. LB_E_UNSUPPORTED: the VM has
+     * several pieces of memory. 0: memory of its own. The caller may close it after launch. */
     int shared_memory_fd;
 };
 

@@ -126,7 +126,8 @@ static int look_at_argv(struct look *l, struct lb_error *err)
         if ((id && strncmp(id, "lb-", 3) == 0) || lb_qemu_opt_is(o, "S") ||
             lb_qemu_opt_is(o, "incoming"))
             continue;
-        lb_qemu_opts_add(&l->opts, o->name, o->value);
+        LB_AUTO_FREE char *own = lb_qemu_opt_is(o, "object") ? lb_qemu_ordinary_memory(o->value) : NULL;
+        lb_qemu_opts_add(&l->opts, o->name, own ? own : o->value);
     }
     lb_qemu_opts_free(&all);
     l->out->argv = lb_qemu_opts_argv(&l->opts);

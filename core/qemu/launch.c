@@ -3,7 +3,8 @@
  *
  * The command line is the source's, so that every device is the same, with
  *   - the machine type replaced by the versioned one ("pc" -> "pc-i440fx-7.2");
- *   - RAM from memfd, so that pages are placed through a mapping of our own;
+ *   - RAM from memfd, so that pages are placed through a mapping of our own; of a clone, a private
+ *     view of the memfd that all clones share, which QEMU inherits and opens as a file;
  *   - -incoming defer -S and a control socket in run_dir (ids "lb-...", which is how
  *     they are recognised and dropped when the VM moves on);
  *   - paths and tap names mapped to this host's;
@@ -132,6 +133,15 @@ static bool hugepages_free(uint64_t bytes)
     return n * kb * 1024 >= bytes;
 }
 
+/* How a clone's QEMU finds the shared memory it inherits. */
+#define SHARED_PATH "/proc/self/fd/"
+#define SHARED_PATH_MAX 32
+static const char *shared_path(char path[SHARED_PATH_MAX], int fd)
+{
+    snprintf(path, SHARED_PATH_MAX, SHARED_PATH "%d", fd);
+    return path;
+}
+
 /* Options of a backend that would say where its memory comes from. */
 static const char *const backing_keys[] = {"mem-path", "pmem", "align", "readonly", "rom",
                                            "discard-data", "prealloc", "prealloc-threads",
@@ -159,6 +169,18 @@ static char *memfd_backend(const char *value)
     return full;
 }
 
+/* The same as a private view of what clones share. */
+static char *shared_backend(const char *value, int fd)
+{
+    char path[SHARED_PATH_MAX];
+    LB_AUTO_FREE char *memfd = memfd_backend(value);
+    LB_AUTO_FREE char *file = lb_qemu_prop_set(memfd, NULL, "memory-backend-file");
+    LB_AUTO_FREE char *one = lb_qemu_prop_set(file, "hugetlb", NULL);
+    LB_AUTO_FREE char *two = lb_qemu_prop_set(one, "hugetlbsize", NULL);
+    LB_AUTO_FREE char *own = lb_qemu_prop_set(two, "share", "off");
+    return lb_qemu_prop_set(own, "mem-path", shared_path(path, fd));
+}
+
 static void memfd_backend_json(json_t *j)
 {
     bool huge = json_is_true(json_object_get(j, "hugetlb")) &&
@@ -168,6 +190,36 @@ static void memfd_backend_json(json_t *j)
         if (!huge || strncmp(backing_keys[i], "hugetlb", 7) != 0)
             json_object_del(j, backing_keys[i]);
     json_object_set_new(j, "share", json_true());
+}
+
+static void shared_backend_json(json_t *j, int fd)
+{
+    char path[SHARED_PATH_MAX];
+    memfd_backend_json(j);
+    json_object_del(j, "hugetlb");
+    json_object_del(j, "hugetlbsize");
+    json_object_set_new(j, "qom-type", json_string("memory-backend-file"));
+    json_object_set_new(j, "share", json_false());
+    json_object_set_new(j, "mem-path", json_string(shared_path(path, fd)));
+}
+
+char *lb_qemu_ordinary_memory(const char *value)
+{
+    if (value[0] != '{') {
+        LB_AUTO_FREE char *path = lb_qemu_prop(value, "mem-path");
+        return path && strncmp(path, SHARED_PATH, strlen(SHARED_PATH)) == 0 ? memfd_backend(value) : NULL;
+    }
+    json_t *j = json_loads(value, 0, NULL);
+    const char *path = json_string_value(json_object_get(j, "mem-path"));
+    char *out = NULL;
+    if (path && strncmp(path, SHARED_PATH, strlen(SHARED_PATH)) == 0) {
+        memfd_backend_json(j);
+        char *text = json_dumps(j, JSON_COMPACT);
+        out = lb_strdup(text);
+        free(text);
+    }
+    json_decref(j);
+    return out;
 }
 
 static bool is_memory_type(const char *type)
@@ -186,7 +238,7 @@ struct derive {
     char *machine_props;      /* of all -machine options, without the type */
     uint64_t ram_bytes;       /* -m */
     bool numa_memdev, has_display, has_serial, nographic, nodefaults;
-    unsigned n_logs;
+    unsigned n_logs, n_memory;
 };
 
 static bool in_list(const char *name, const char *const *list)
@@ -320,6 +372,13 @@ static void map_tap_json(const struct derive *d, json_t *j)
     }
 }
 
+static char *add_backend(struct derive *d, const char *value)
+{
+    d->n_memory++;
+    return d->opts->shared_memory_fd ? shared_backend(value, d->opts->shared_memory_fd)
+                                     : memfd_backend(value);
+}
+
 static int take_json(struct derive *d, const struct lb_qemu_opt *o, struct lb_error *err)
 {
     json_error_t je;
@@ -327,8 +386,13 @@ static int take_json(struct derive *d, const struct lb_qemu_opt *o, struct lb_er
     if (!j)
         return lb_fail(err, LB_E_USAGE, "cannot understand -%s %s", o->name, o->value);
     if (lb_qemu_opt_is(o, "object") &&
-        is_memory_type(json_string_value(json_object_get(j, "qom-type"))))
-        memfd_backend_json(j);
+        is_memory_type(json_string_value(json_object_get(j, "qom-type")))) {
+        d->n_memory++;
+        if (d->opts->shared_memory_fd)
+            shared_backend_json(j, d->opts->shared_memory_fd);
+        else
+            memfd_backend_json(j);
+    }
     map_json(d->opts, j);
     map_tap_json(d, j);
     char *text = json_dumps(j, JSON_COMPACT);
@@ -395,7 +459,7 @@ static int take(struct derive *d, const struct lb_qemu_opt *o, struct lb_error *
         LB_AUTO_FREE char *type = lb_qemu_prop(o->value, NULL);
         LB_AUTO_FREE char *mine = NULL;
         if (lb_qemu_opt_is(o, "object") && is_memory_type(type))
-            mine = memfd_backend(o->value);
+            mine = add_backend(d, o->value);
         else if (lb_qemu_opt_is(o, "netdev") || lb_qemu_opt_is(o, "nic") || lb_qemu_opt_is(o, "net"))
             mine = map_tap(d, o->value);
         value = map_list(d->opts, mine ? mine : o->value);
@@ -480,9 +544,10 @@ static void add_machine(struct derive *d)
         bool microvm = strncmp(d->desc->machine, "microvm", 7) == 0;
         const char *id = microvm ? "microvm.ram" : "pc.ram";
         /* the same block name as when QEMU makes the memory itself */
-        LB_AUTO_FREE char *obj = lb_asprintf(
-            "memory-backend-memfd,id=%s,size=%llu,share=on,x-use-canonical-path-for-ramblock-id=off",
-            id, (unsigned long long)d->ram_bytes);
+        LB_AUTO_FREE char *plain = lb_asprintf(
+            "memory-backend-memfd,id=%s,size=%llu,x-use-canonical-path-for-ramblock-id=off", id,
+            (unsigned long long)d->ram_bytes);
+        LB_AUTO_FREE char *obj = add_backend(d, plain);
         lb_qemu_opts_add(&d->out, "object", obj);
         own = microvm ? ",memory-backend=microvm.ram" : ",memory-backend=pc.ram";
     }
@@ -531,6 +596,12 @@ int lb_qemu_receiver_argv(const struct lb_vm_desc *desc, const struct lb_launch_
         d.ram_bytes = desc->ram_bytes;
     add_machine(&d);
     add_ours(&d);
+    if (opts->shared_memory_fd && d.n_memory != 1) {
+        lb_fail(err, LB_E_UNSUPPORTED, "VM %s has %u pieces of memory: only one can be shared",
+                opts->name, d.n_memory);
+        lb_remedy(err, "restore it instead: each copy has memory of its own then");
+        goto out;
+    }
     *argv = lb_qemu_opts_argv(&d.out);
     rc = 0;
 out:
@@ -545,7 +616,7 @@ out:
 struct child {
     char **argv;
     const char *cwd;
-    int log_fd, null_fd, pipe_fd;
+    int log_fd, null_fd, pipe_fd, shared_fd;
     bool drop;
     uint32_t uid, gid;
     gid_t groups[64];
@@ -574,6 +645,8 @@ static void __attribute__((noreturn)) run_child(const struct child *c)
     dup2(c->log_fd, 1);
     dup2(c->log_fd, 2);
     syscall(SYS_close_range, 3u, ~0u, 4u /* CLOSE_RANGE_CLOEXEC */);
+    if (c->shared_fd)
+        fcntl(c->shared_fd, F_SETFD, 0);
     umask(022);
     if (!c->drop || (setgroups((size_t)c->n_groups, c->groups) == 0 &&
                      setresgid(c->gid, c->gid, c->gid) == 0 &&
@@ -704,14 +777,40 @@ static int come_up(struct lb_hv_vm *vm, const struct lb_vm_desc *desc, struct lb
     return 0;
 }
 
+#define SHARED_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
+
+/* Nobody may change it any more, QEMU neither (it would punch holes into it for a balloon). */
+static int check_sealed(int fd, struct lb_error *err)
+{
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (seals < 0 || (seals & SHARED_SEALS) != SHARED_SEALS)
+        return lb_fail(err, LB_E_INTERNAL, "the memory that clones share is not sealed");
+    return 0;
+}
+
+static int check_shared(const struct lb_hv_vm *vm, int fd, struct lb_error *err)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot look at the memory that clones share");
+    for (unsigned i = 0; i < vm->n_blocks; i++) {
+        const struct lb_qemu_block *b = &vm->blocks[i];
+        if (b->pub.kind == LB_RAM_MAIN && (!b->file_private || b->pub.size_bytes != (uint64_t)st.st_size))
+            return lb_fail(err, LB_E_STATE, "memory block %s of %llu bytes is not the shared memory of %llu",
+                           b->pub.name, (unsigned long long)b->pub.size_bytes,
+                           (unsigned long long)st.st_size);
+    }
+    return 0;
+}
+
 int lb_qemu_launch(const struct lb_vm_desc *desc, const struct lb_launch_opts *opts,
                    struct lb_hv_vm **out, struct lb_error *err)
 {
-    struct child c = {.cwd = desc->cwd, .log_fd = -1, .null_fd = -1};
+    struct child c = {.cwd = desc->cwd, .log_fd = -1, .null_fd = -1, .shared_fd = opts->shared_memory_fd};
     struct lb_hv_vm *vm = NULL;
     LB_AUTO_FREE char *log = lb_asprintf("%s/qemu.log", opts->run_dir);
     int rc = -1;
-    if (lb_mkdir_p(opts->run_dir, 0700, err) < 0 ||
+    if ((c.shared_fd && check_sealed(c.shared_fd, err) < 0) || lb_mkdir_p(opts->run_dir, 0700, err) < 0 ||
         lb_qemu_receiver_argv(desc, opts, &c.argv, err) < 0)
         goto out;
     vm = lb_qemu_vm_new(opts->name);
@@ -731,7 +830,8 @@ int lb_qemu_launch(const struct lb_vm_desc *desc, const struct lb_launch_opts *o
         goto out;
     struct lb_error why = LB_ERROR_INIT;
     if (lb_proc_identify(pid, &vm->proc, &why) < 0 ||
-        (vm->pidfd = lb_proc_open(&vm->proc, &why)) < 0 || come_up(vm, desc, &why) < 0) {
+        (vm->pidfd = lb_proc_open(&vm->proc, &why)) < 0 || come_up(vm, desc, &why) < 0 ||
+        (c.shared_fd && check_shared(vm, c.shared_fd, &why) < 0)) {
         if (vm->proc.pid && lb_proc_kill(&vm->proc, 10000, NULL) < 0)
             lb_log(LB_LOG_ERROR, "receiver %s (process %d) cannot be killed", opts->name, (int)pid);
         if (why.code == LB_E_NOT_FOUND) /* gone before we looked */

@@ -224,6 +224,8 @@ void lb_qemu_state_close(struct lb_hv_vm *vm);
 /* ---------------------------------------------------------------- launch.c */
 int lb_qemu_launch(const struct lb_vm_desc *desc, const struct lb_launch_opts *opts,
                    struct lb_hv_vm **out, struct lb_error *err);
+/* -object of a clone's memory as that of a VM of its own (new string), or NULL when it is none. */
+char *lb_qemu_ordinary_memory(const char *value);
 /* Put the last lines of RUN_DIR/qemu.log behind the message of err. */
 void lb_qemu_add_log(const char *run_dir, struct lb_error *err);
 void lb_qemu_remove_run_files(const char *run_dir);
