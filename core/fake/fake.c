@@ -58,6 +58,7 @@ const char *lb_fake_slot_name(enum lb_fake_slot slot)
         "run",        "announce",  "status", "destroy",    "checkpoint_mode", "freeze",
         "nics",       "nic_hold",  "nic_unhold", "disks",  "disk_mirror", "disk_mirror_status",
         "disk_mirror_end", "clock_step", "disk_overlay", "disk_freeze", "disk_join",
+        "lazy_begin", "lazy_attach", "lazy_fault", "lazy_place", "lazy_missing", "lazy_end",
     };
     assert(slot < LB_FAKE_N_SLOTS);
     return names[slot];
@@ -119,6 +120,7 @@ static void guest_die(struct guest *g)
     g->running = false;
     g->holds_disk = false; /* the kernel drops the locks of a dead process */
     lb_fake_io_die(g);
+    pthread_cond_broadcast(&g->wake);
     pthread_mutex_unlock(&g->lock);
 }
 
@@ -128,6 +130,7 @@ static bool needs_answer(enum lb_fake_slot slot)
     static const enum lb_fake_slot past[] = {
         LB_FAKE_READ, LB_FAKE_WRITE, LB_FAKE_POPULATED, LB_FAKE_LOG_CLEAN, LB_FAKE_LOG_PEEK,
         LB_FAKE_LOG_DISABLE, LB_FAKE_THROTTLE, LB_FAKE_FREEZE, LB_FAKE_DESTROY,
+        LB_FAKE_LAZY_FAULT, LB_FAKE_LAZY_PLACE, LB_FAKE_LAZY_MISSING,
     };
     for (unsigned i = 0; i < LB_ARRAY_LEN(past); i++)
         if (past[i] == slot)
@@ -229,6 +232,12 @@ static void write_page(struct guest *g, unsigned block, uint64_t page)
         lb_bitmap_set(&b->dirty, page);
 }
 
+/* lock held */
+static bool active(const struct guest *g)
+{
+    return g->running && !g->frozen && !g->quit;
+}
+
 /* lock held: one rewrite somewhere in the working set */
 static void write_random_page(struct guest *g)
 {
@@ -238,7 +247,9 @@ static void write_random_page(struct guest *g)
     } else {
         uint64_t set = g->config.working_set_pages;
         uint64_t n = g->blocks[MAIN].n_pages;
-        write_page(g, MAIN, (r >> 4) % (set ? LB_MIN(set, n) : n));
+        uint64_t page = (r >> 4) % (set ? LB_MIN(set, n) : n);
+        if (lb_fake_page_wait(g, page, true) && active(g)) /* it may have been stopped meanwhile */
+            write_page(g, MAIN, page);
     }
 }
 
@@ -262,12 +273,6 @@ static uint64_t due(struct fake_pace *p, uint64_t rate)
 static void start_paces(struct guest *g)
 {
     g->pages.from_ns = g->sends.from_ns = g->stores.from_ns = lb_now_ns();
-}
-
-/* lock held */
-static bool active(const struct guest *g)
-{
-    return g->running && !g->frozen && !g->quit;
 }
 
 /* lock held, given up between two things */
@@ -363,6 +368,8 @@ static void guest_free(struct guest *g)
     for (unsigned i = 0; i < N_BLOCKS; i++)
         block_close(&g->blocks[i]);
     lb_fake_io_free(g);
+    lb_fake_lazy_free(g);
+    lb_cleanup_fd(&g->shared_fd);
     pthread_cond_destroy(&g->wake);
     pthread_mutex_destroy(&g->lock);
     lb_fake_images_free(g);
@@ -396,7 +403,7 @@ static struct guest *guest_new(const char *name, const struct lb_fake_config *co
     g->sends.rate = config->nic ? config->frames_per_s : 0;
     g->stores.rate = config->disk_bytes ? config->disk_writes_per_s : 0;
     g->disk_path = lb_strdup(config->disk_path ? config->disk_path : "");
-    g->nic.out = g->nic.in = -1;
+    g->nic.out = g->nic.in = g->shared_fd = -1;
     g->name = lb_strdup(name ? name : "fake");
     pthread_mutex_init(&g->lock, NULL);
     pthread_condattr_init(&attr);
@@ -615,9 +622,11 @@ int lb_fake_touch(lb_fake_id id, unsigned block, uint64_t page, struct lb_error 
     if (!g)
         return -1;
     assert(block < N_BLOCKS && page < g->blocks[block].n_pages);
-    write_page(g, block, page);
+    bool there = block != MAIN || lb_fake_page_wait(g, page, false);
+    if (there)
+        write_page(g, block, page);
     lb_fake_let_go(g);
-    return 0;
+    return there ? 0 : lb_fail(err, LB_E_HV, "fake: page %" PRIu64 " is missing", page);
 }
 
 int lb_fake_verify(lb_fake_id id, uint64_t *bad_pages, struct lb_error *err)
@@ -625,6 +634,7 @@ int lb_fake_verify(lb_fake_id id, uint64_t *bad_pages, struct lb_error *err)
     static const uint8_t zeros[LB_PAGE_SIZE];
     uint8_t want[LB_PAGE_SIZE];
     uint64_t bad = 0;
+    bool served = true;
     struct guest *g = lb_fake_hold(id, err);
 
     if (!g)
@@ -633,11 +643,13 @@ int lb_fake_verify(lb_fake_id id, uint64_t *bad_pages, struct lb_error *err)
         const struct fake_block *b = &g->blocks[i];
         for (uint64_t page = 0; page < b->n_pages; page++) {
             const uint8_t *expected = zeros;
+            if (i == MAIN && served) /* it may be written meanwhile */
+                served = lb_fake_page_wait(g, page, false);
             if (b->seq[page]) {
                 lb_fake_stamp(want, g->nonce, g->config.random_bytes, i, page, b->seq[page]);
                 expected = want;
             }
-            if (memcmp(b->guest_map + page * LB_PAGE_SIZE, expected, LB_PAGE_SIZE))
+            if (!served || memcmp(b->guest_map + page * LB_PAGE_SIZE, expected, LB_PAGE_SIZE))
                 bad++;
         }
     }
@@ -670,6 +682,7 @@ int lb_fake_stats(lb_fake_id id, struct lb_fake_stats *out, struct lb_error *err
         .disk_writes = g->disk_writes,
         .mirror_writes = g->mirror.writes,
         .clock_stepped_ns = g->clock_stepped_ns,
+        .missing = g->lazy ? lb_bitmap_count(&g->missing) : 0,
     };
     lb_fake_let_go(g);
     return 0;
@@ -731,12 +744,8 @@ unsigned lb_fake_reset(void)
 
 /* ------------------------------------------------------------ slots: source */
 
-static int fake_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out,
-                       struct lb_error *err)
+int lb_fake_find(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err)
 {
-    if (lb_fake_enter(LB_FAKE_ATTACH, NULL, err) < 0)
-        return -1;
-
     struct guest *found = NULL;
     unsigned matches = 0;
     bool taken = false, paused = false;
@@ -775,6 +784,12 @@ static int fake_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out,
     vm->base.state = paused ? LB_HV_STOPPED : LB_HV_RUNNING;
     *out = vm;
     return 0;
+}
+
+static int fake_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out,
+                       struct lb_error *err)
+{
+    return lb_fake_enter(LB_FAKE_ATTACH, NULL, err) < 0 ? -1 : lb_fake_find(ident, out, err);
 }
 
 static int fake_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err)
@@ -1117,6 +1132,8 @@ static int fake_launch(const struct lb_vm_desc *desc, const struct lb_launch_opt
     if (!g)
         return -1;
     snprintf(g->uuid, sizeof(g->uuid), "%s", desc->uuid);
+    if (opts->shared_memory_fd)
+        g->shared_fd = fcntl(opts->shared_memory_fd, F_DUPFD_CLOEXEC, 0);
     /* what firmware leaves in a machine that was switched on: prepare_ram has
      * to remove it, and a receiver that forgets to is found out by verify */
     memset(g->blocks[MAIN].guest_map, 0xf0, LB_MIN(g->config.ram_bytes, 16 * LB_PAGE_SIZE));
@@ -1136,6 +1153,15 @@ static int fake_prepare_ram(struct lb_hv_vm *vm, struct lb_error *err)
     if (fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
                   (off_t)b->pub.size_bytes) < 0)
         return lb_fail_errno(err, LB_E_INTERNAL, errno, "fake: cannot empty %s", b->pub.name);
+    if (vm->guest->shared_fd < 0)
+        return 0;
+    /* a private view is a copy here */
+    for (uint64_t at = 0; at < b->pub.size_bytes;) {
+        ssize_t n = pread(vm->guest->shared_fd, b->our_map + at, b->pub.size_bytes - at, (off_t)at);
+        if (n <= 0)
+            return lb_fail(err, LB_E_STATE, "fake: the shared memory is shorter than %s", b->pub.name);
+        at += (uint64_t)n;
+    }
     return 0;
 }
 
@@ -1168,6 +1194,8 @@ static int fake_load_state(struct lb_hv_vm *vm, const void *buf, size_t len, str
         head.n_pages[VRAM] != g->blocks[VRAM].n_pages ||
         head.random_bytes != g->config.random_bytes)
         return lb_fail(err, LB_E_PROTO, "fake: device state is of another machine");
+    if (lb_fake_load_touches(g, err) < 0)
+        return -1;
 
     pthread_mutex_lock(&g->lock);
     g->nonce = head.nonce;

@@ -17,6 +17,9 @@
  * says what it must hold after so many writes).  Both numbers are part of the device
  * state: a frame that left, or a block a backup holds, tells which state it belongs to.
  *
+ * Its memory may be lazy: a missing page that it writes, that lb_fake_verify reads, or that the load of the
+ * state touches (page 0) is waited for; a load that nobody serves fails.
+ *
  * Guests live until destroyed, killed or reset; handles come and go (one at a
  * time per guest).  All functions here may be called from any thread.
  */
@@ -66,7 +69,7 @@ int lb_fake_set_rate(lb_fake_id id, uint64_t rate_pages_per_s, struct lb_error *
 /* The guest itself rewrites one page now, running or not (block 0 ram, 1 vram). */
 int lb_fake_touch(lb_fake_id id, unsigned block, uint64_t page, struct lb_error *err);
 /* Compare every page with what the guest knows it wrote; the guest is held
- * meanwhile.  LB_E_NOT_FOUND when gone; *bad_pages may be non-zero on success. */
+ * meanwhile.  Missing pages are touched, and bad when they do not come in time.  LB_E_NOT_FOUND when gone; *bad_pages may be non-zero on success. */
 int lb_fake_verify(lb_fake_id id, uint64_t *bad_pages, struct lb_error *err);
 
 struct lb_fake_stats {
@@ -82,6 +85,7 @@ struct lb_fake_stats {
     uint64_t disk_writes;    /* since boot, kept across migration */
     uint64_t mirror_writes;  /* blocks given to the mirror, first copy included */
     uint64_t clock_stepped_ns;
+    uint64_t missing;        /* pages of fake.ram that have not come yet */
 };
 int lb_fake_stats(lb_fake_id id, struct lb_fake_stats *out, struct lb_error *err);
 
@@ -131,7 +135,9 @@ enum lb_fake_slot {
     LB_FAKE_STATUS, LB_FAKE_DESTROY, LB_FAKE_CHECKPOINT_MODE, LB_FAKE_FREEZE, LB_FAKE_NICS,
     LB_FAKE_NIC_HOLD, LB_FAKE_NIC_UNHOLD, LB_FAKE_DISKS, LB_FAKE_DISK_MIRROR,
     LB_FAKE_DISK_MIRROR_STATUS, LB_FAKE_DISK_MIRROR_END, LB_FAKE_CLOCK_STEP,
-    LB_FAKE_DISK_OVERLAY, LB_FAKE_DISK_FREEZE, LB_FAKE_DISK_JOIN, LB_FAKE_N_SLOTS
+    LB_FAKE_DISK_OVERLAY, LB_FAKE_DISK_FREEZE, LB_FAKE_DISK_JOIN,
+    LB_FAKE_LAZY_BEGIN, LB_FAKE_LAZY_ATTACH, LB_FAKE_LAZY_FAULT, LB_FAKE_LAZY_PLACE,
+    LB_FAKE_LAZY_MISSING, LB_FAKE_LAZY_END, LB_FAKE_N_SLOTS
 };
 /* The nth call from now (1: the next) fails with code, before it has any effect;
  * calls after it work again.  One fault per slot; nth 0 disarms.  A failing

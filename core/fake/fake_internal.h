@@ -3,7 +3,8 @@
  *
  *   fake.c      memory, life, faults, the test API, the table of functions
  *   fake_io.c   its network card, disk and clock
- *   fake_store.c  overlays of its disk, memory that comes when it is touched
+ *   fake_store.c  overlays of its disk
+ *   fake_lazy.c memory that comes when it is touched
  */
 #ifndef LB_FAKE_INTERNAL_H
 #define LB_FAKE_INTERNAL_H
@@ -58,7 +59,8 @@ struct guest {
     char uuid[40];
     struct lb_fake_config config; /* its name and disk_path are not used */
     struct fake_block blocks[N_BLOCKS];
-    struct lb_ram_block table[N_BLOCKS];
+    int shared_fd;           /* main memory as launch was given it; -1 */
+    struct lb_ram_block table[N_BLOCKS]; /* but for map of MAIN: NULL while lazy */
     pthread_t worker;
 
     /* locked by registry_lock */
@@ -80,6 +82,9 @@ struct guest {
     unsigned n_images;
     struct fake_nic nic;
     struct fake_mirror mirror;
+    bool lazy;                    /* fake_lazy.c */
+    unsigned lazy_round;          /* another process has begun to serve */
+    struct lb_bitmap missing, asked; /* pages of MAIN; asked: somebody waits and nobody has been told */
 
     char *overlay;                /* engine thread: made ready, not used yet */
 };
@@ -94,6 +99,15 @@ int lb_fake_enter(enum lb_fake_slot slot, struct guest *g, struct lb_error *err)
 /* The guest with its lock held (and the registry's, so that it stays), or NULL. */
 struct guest *lb_fake_hold(lb_fake_id id, struct lb_error *err);
 void lb_fake_let_go(struct guest *g);
+/* A handle on the guest that ident names. */
+int lb_fake_find(const struct lb_vm_ident *ident, struct lb_hv_vm **out, struct lb_error *err);
+
+/* ---- fake_lazy.c */
+/* Lock held, given up meanwhile: wait until a page of MAIN is there. false: the guest ended, or (not forever)
+ * nobody placed it in time. */
+bool lb_fake_page_wait(struct guest *g, uint64_t page, bool forever);
+int lb_fake_load_touches(struct guest *g, struct lb_error *err);
+void lb_fake_lazy_free(struct guest *g);
 
 /* ---- fake_io.c; lock held where a line says so */
 bool lb_fake_send_frame(struct guest *g);  /* locked; false: no room, try again */

@@ -7,6 +7,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -881,6 +882,224 @@ static void clock_and_mode(void **state)
     lb_fake_reset();
 }
 
+/* ------------------------------------------------------------ lazy memory */
+
+struct lazy_server {
+    struct lb_hv_vm *vm;
+    const uint8_t *image; /* what fake.ram held */
+    _Atomic bool stop;
+    _Atomic unsigned faults;
+    pthread_t thread;
+};
+
+static void *serve(void *arg)
+{
+    struct lazy_server *s = arg;
+    while (!s->stop) {
+        const struct lb_ram_block *b;
+        uint64_t page, placed = 9;
+        int got = lb_hv_lazy_fault(s->vm, 5, &b, &page, NULL);
+        assert_true(got >= 0);
+        if (got == 0)
+            continue;
+        s->faults++;
+        assert_int_equal(lb_hv_lazy_place(s->vm, b, page, 1, s->image + page * LB_PAGE_SIZE, &placed, NULL), 0);
+        assert_true(placed <= 1);
+    }
+    return NULL;
+}
+
+static void serve_start(struct lazy_server *s, struct lb_hv_vm *vm, const uint8_t *image)
+{
+    *s = (struct lazy_server){.vm = vm, .image = image};
+    assert_int_equal(pthread_create(&s->thread, NULL, serve, s), 0);
+}
+
+static void serve_stop(struct lazy_server *s)
+{
+    s->stop = true;
+    pthread_join(s->thread, NULL);
+}
+
+/* A guest saved into image and state, and gone; its receiver. */
+static struct lb_hv_vm *save_and_launch(uint8_t **image, void **state, size_t *len)
+{
+    lb_fake_id id = start(&busy);
+    struct lb_hv_vm *src = attach(id), *dst = NULL;
+    const struct lb_ram_block *b, *d;
+    struct lb_vm_desc desc;
+    unsigned n;
+    lb_sleep_ms(20);
+    assert_int_equal(lb_hv_describe(src, &desc, NULL), 0);
+    assert_int_equal(lb_hv_stop(src, NULL), 0);
+    assert_int_equal(lb_hv_save_begin(src, false, NULL), 0);
+    assert_int_equal(lb_hv_save_end(src, state, len, NULL), 0);
+    assert_int_equal(lb_hv_blocks(src, &b, &n, NULL), 0);
+    *image = malloc(b[0].size_bytes);
+    assert_int_equal(lb_hv_read(src, &b[0], 0, b[0].size_bytes / LB_PAGE_SIZE, *image, NULL), 0);
+    struct lb_launch_opts opts = {.name = "web1", .run_dir = "/nonexistent"};
+    assert_int_equal(lb_hv_launch(&lb_hv_fake, &desc, &opts, &dst, NULL), 0);
+    assert_int_equal(lb_hv_blocks(dst, &d, &n, NULL), 0);
+    assert_non_null(d[0].map);
+    assert_int_equal(lb_hv_lazy_begin(dst, NULL), 0);
+    assert_null(d[0].map);
+    memcpy(d[1].map, b[1].map, b[1].size_bytes);
+    assert_int_equal(lb_hv_destroy(src, NULL), 0);
+    lb_vm_desc_free(&desc);
+    return dst;
+}
+
+/* A clone: main memory is what a memfd holds, and its own from then on. */
+static void shared_memory(void **state_)
+{
+    (void)state_;
+    lb_fake_id id = start(&busy);
+    struct lb_hv_vm *src = attach(id), *dst = NULL;
+    const struct lb_ram_block *b, *d;
+    struct lb_vm_desc desc;
+    struct lb_error err = LB_ERROR_INIT;
+    void *state;
+    size_t len;
+    unsigned n;
+    assert_int_equal(lb_hv_describe(src, &desc, NULL), 0);
+    assert_int_equal(lb_hv_stop(src, NULL), 0);
+    assert_int_equal(lb_hv_save_begin(src, false, NULL), 0);
+    assert_int_equal(lb_hv_save_end(src, &state, &len, NULL), 0);
+    assert_int_equal(lb_hv_blocks(src, &b, &n, NULL), 0);
+    int fd = memfd_create("shared", MFD_CLOEXEC);
+    assert_int_equal(write(fd, b[0].map, b[0].size_bytes), b[0].size_bytes);
+    struct lb_launch_opts opts = {.name = "clone", .run_dir = "/nonexistent", .shared_memory_fd = fd};
+    assert_int_equal(lb_hv_launch(&lb_hv_fake, &desc, &opts, &dst, NULL), 0);
+    close(fd);
+    assert_int_equal(lb_hv_lazy_begin(dst, &err), -1);
+    assert_int_equal(err.code, LB_E_UNSUPPORTED);
+    assert_int_equal(lb_hv_prepare_ram(dst, NULL), 0);
+    assert_int_equal(lb_hv_blocks(dst, &d, &n, NULL), 0);
+    memcpy(d[1].map, b[1].map, b[1].size_bytes);
+    assert_int_equal(lb_hv_load_state(dst, state, len, NULL), 0);
+    assert_true(bad_pages(lb_fake_of(dst)) == 0);
+    assert_int_equal(lb_hv_destroy(src, NULL), 0);
+    assert_int_equal(lb_hv_destroy(dst, NULL), 0);
+    lb_vm_desc_free(&desc);
+    free(state);
+    assert_int_equal(lb_fake_reset(), 0);
+}
+
+static uint64_t n_missing(struct lb_hv_vm *vm)
+{
+    const struct lb_ram_block *b;
+    struct lb_bitmap m;
+    unsigned n;
+    assert_int_equal(lb_hv_blocks(vm, &b, &n, NULL), 0);
+    assert_int_equal(lb_bitmap_init(&m, b[0].size_bytes / LB_PAGE_SIZE, NULL), 0);
+    assert_int_equal(lb_hv_lazy_missing(vm, &b[0], &m, NULL), 0);
+    uint64_t count = lb_bitmap_count(&m);
+    lb_bitmap_free(&m);
+    return count;
+}
+
+static void lazy_memory(void **state_)
+{
+    (void)state_;
+    uint8_t *image;
+    void *state;
+    size_t len;
+    struct lb_error err = LB_ERROR_INIT;
+    struct lb_fake_stats st;
+    const struct lb_ram_block *b;
+    unsigned n;
+    uint64_t page;
+    struct lazy_server s;
+    struct lb_hv_vm *vm = save_and_launch(&image, &state, &len);
+    lb_fake_id id = lb_fake_of(vm);
+    const uint64_t all = busy.ram_bytes / LB_PAGE_SIZE;
+
+    assert_true(n_missing(vm) == all);
+    assert_int_equal(lb_hv_lazy_fault(vm, 1, &b, &page, NULL), 0);
+    serve_start(&s, vm, image);
+    assert_int_equal(lb_hv_load_state(vm, state, len, NULL), 0);
+    assert_int_equal(s.faults, 1); /* loading touched one */
+    assert_int_equal(lb_hv_run(vm, NULL), 0);
+    for (int i = 0; i < 1000 && s.faults < 20; i++)
+        lb_sleep_ms(5);
+    serve_stop(&s);
+    assert_in_range(s.faults, 20, all - 1);
+
+    /* who serves goes: the guest stands still, and goes on with the next one */
+    uint64_t before = n_missing(vm);
+    lb_hv_detach(vm);
+    lb_sleep_ms(20);
+    uint64_t wrote = (lb_fake_stats(id, &st, NULL), st.writes);
+    lb_sleep_ms(50);
+    lb_fake_stats(id, &st, NULL);
+    assert_true(st.running && st.writes == wrote && st.missing == before);
+    char address[32];
+    struct lb_vm_ident ident = {.name = "web1", .qmp_path = lb_fake_address(id, address)};
+    assert_int_equal(lb_hv_lazy_attach(&lb_hv_fake, &ident, &vm, NULL), 0);
+    assert_int_equal(lb_hv_run(vm, NULL), 0);
+    serve_start(&s, vm, image);
+    assert_true(bad_pages(id) == 0); /* touches all */
+    assert_true(n_missing(vm) == 0);
+    serve_stop(&s);
+    assert_int_equal(lb_hv_lazy_end(vm, NULL), 0);
+    assert_int_equal(lb_hv_blocks(vm, &b, &n, NULL), 0);
+    assert_non_null(b[0].map);
+    lb_sleep_ms(20);
+    assert_int_equal(lb_hv_stop(vm, NULL), 0); /* an ordinary guest */
+    assert_true(bad_pages(id) == 0);
+    lb_hv_detach(vm);
+    assert_int_equal(lb_hv_lazy_attach(&lb_hv_fake, &ident, &vm, &err), -1);
+    assert_int_equal(err.code, LB_E_NOT_FOUND);
+    free(image);
+    free(state);
+    assert_int_equal(lb_fake_reset(), 1);
+}
+
+/* What is placed stays as the guest has it; what never comes is zeros; a wrong page is found. */
+static void lazy_places_once(void **state_)
+{
+    (void)state_;
+    uint8_t *image, junk[LB_PAGE_SIZE];
+    void *state;
+    size_t len;
+    uint64_t placed;
+    const struct lb_ram_block *b;
+    unsigned n;
+    struct lb_hv_vm *vm = save_and_launch(&image, &state, &len);
+    lb_fake_id id = lb_fake_of(vm);
+    const uint64_t all = busy.ram_bytes / LB_PAGE_SIZE;
+
+    assert_int_equal(lb_hv_blocks(vm, &b, &n, NULL), 0);
+    assert_int_equal(lb_hv_lazy_place(vm, &b[0], 0, 1000, image, &placed, NULL), 0);
+    assert_true(placed == 1000);
+    memset(junk, 0x5a, sizeof(junk));
+    assert_int_equal(lb_hv_lazy_place(vm, &b[0], 7, 1, junk, &placed, NULL), 0);
+    assert_true(placed == 0);
+    assert_int_equal(lb_hv_lazy_place(vm, &b[0], 999, 2, NULL, &placed, NULL), 0);
+    assert_true(placed == 1 && n_missing(vm) == all - 1001);
+    assert_int_equal(lb_hv_load_state(vm, state, len, NULL), 0); /* page 0 is there */
+    assert_int_equal(lb_hv_lazy_end(vm, NULL), 0);
+    assert_true(bad_pages(id) == 0); /* the guest had written 900 pages */
+    assert_int_equal(lb_hv_destroy(vm, NULL), 0);
+    free(image);
+    free(state);
+
+    vm = save_and_launch(&image, &state, &len);
+    id = lb_fake_of(vm);
+    assert_int_equal(lb_hv_blocks(vm, &b, &n, NULL), 0);
+    assert_int_equal(lb_hv_lazy_place(vm, &b[0], 5, 1, junk, NULL, NULL), 0);
+    assert_int_equal(lb_hv_lazy_place(vm, &b[0], 0, all, image, NULL, NULL), 0);
+    assert_int_equal(lb_hv_load_state(vm, state, len, NULL), 0);
+    assert_int_equal(lb_hv_lazy_end(vm, NULL), 0);
+    assert_true(bad_pages(id) == 1);
+    assert_int_equal(lb_fake_kill(id, NULL), 0);
+    assert_int_equal(lb_hv_lazy_end(vm, NULL), -1);
+    lb_hv_detach(vm);
+    free(image);
+    free(state);
+    assert_int_equal(lb_fake_reset(), 0);
+}
+
 /* ---- misuse: each of these is our own bug, so the wrapper has to abort ---- */
 
 static struct lb_hv_vm *m_vm;
@@ -1008,6 +1227,8 @@ int main(void)
         cmocka_unit_test(mirrored_disk),      cmocka_unit_test(frozen_disk),
              cmocka_unit_test(io_travels),
         cmocka_unit_test(clock_and_mode),     cmocka_unit_test(misuse_aborts),
+        cmocka_unit_test(lazy_memory),        cmocka_unit_test(lazy_places_once),
+        cmocka_unit_test(shared_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
