@@ -294,15 +294,16 @@ static int missing_parent(const char *of, const struct lb_ckpt_id *id, struct lb
     return lb_remedy(err, "bring the file back beside it; without it this checkpoint cannot be read");
 }
 
-/* Paths of the chain, the checkpoint first; strings are the caller's. */
+/* Paths of the chain, the checkpoint first, NULL-terminated; the caller's to free.  What the file says now, not what it
+ * said when the entry was made: it may have been written again since. */
 static int chain_paths(const struct lb_ckpt_entry *e, char ***paths, unsigned *n, struct lb_error *err)
 {
-    struct lb_ckpt_id parent = e->info.parent;
+    struct ids self;
+    struct lb_ckpt_id parent = read_ids(e->path, &self) ? self.parent : e->info.parent;
     const char *of = e->ref;
-    unsigned n_ids = 0;
+    unsigned n_ids = 0, count = 0;
     LB_AUTO_FREE struct ids *ids = no_id(&parent) ? NULL : ids_beside(e->path, &n_ids);
-    char **v = lb_alloc((n_ids + 2) * sizeof(*v));
-    unsigned count = 0;
+    char **v = lb_alloc((n_ids + 3) * sizeof(*v));
 
     v[count++] = lb_strdup(e->path);
     while (!no_id(&parent)) {
@@ -321,11 +322,19 @@ static int chain_paths(const struct lb_ckpt_entry *e, char ***paths, unsigned *n
     return 0;
 }
 
+static bool same_paths(char *const *a, char *const *b)
+{
+    while (*a && *b && !strcmp(*a, *b))
+        a++, b++;
+    return !*a && !*b;
+}
+
+/* A removal may replace and remove files while we look for them and open them: then the chain is another one now. */
 int lb_catalog_open(const char *dir, const struct lb_ckpt_entry *e, const struct lb_ckpt_key *key,
                     struct lb_chain **out, struct lb_error *err)
 {
-    char **paths;
-    unsigned n;
+    char **paths, **now;
+    unsigned n, n_now;
 
     (void)dir; /* a chain is in one folder, which e->path names */
     if (no_id(&e->info.id)) { /* nothing could be read of it */
@@ -335,9 +344,23 @@ int lb_catalog_open(const char *dir, const struct lb_ckpt_entry *e, const struct
     }
     if (chain_paths(e, &paths, &n, err))
         return -1;
-    int rc = lb_chain_open((const char *const *)paths, n, key, out, err);
-    lb_strv_free(paths);
-    return rc;
+    for (;;) {
+        struct lb_error why = LB_ERROR_INIT;
+        int rc = lb_chain_open((const char *const *)paths, n, key, out, &why);
+        bool again = rc && chain_paths(e, &now, &n_now, NULL) == 0;
+        if (again && same_paths(paths, now)) {
+            lb_strv_free(now);
+            again = false;
+        }
+        lb_strv_free(paths);
+        if (!again) {
+            if (rc && err)
+                *err = why;
+            return rc;
+        }
+        paths = now;
+        n = n_now;
+    }
 }
 
 /* ------------------------------------------------------------------------- find */

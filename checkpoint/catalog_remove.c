@@ -143,12 +143,19 @@ static int write_orphans(struct removal *r, struct lb_error *err)
     return 0;
 }
 
-/* So that the images of what goes are known when the files are gone. */
-static int note_images(struct removal *r, struct lb_disks *d, struct lb_error *err)
+/* So that the images of what goes are known when the files are gone, and those of what stays can move.  *all: there is
+ * none of which nobody knows (encrypted, or damaged). */
+static int note_images(struct removal *r, struct lb_disks *d, bool *all, struct lb_error *err)
 {
-    for (unsigned i = 0; i < r->n; i++)
-        if (r->goes[i] && r->v[i].readable && !lb_disks_find(d, r->v[i].number))
+    *all = true;
+    for (unsigned i = 0; i < r->n; i++) {
+        if (lb_disks_find(d, r->v[i].number))
+            continue;
+        if (r->v[i].readable)
             lb_disks_put(d, r->v[i].number, r->v[i].disks, r->v[i].n_disks);
+        else
+            *all &= r->goes[i];
+    }
     return lb_disks_save(r->dir, r->vm, d, err);
 }
 
@@ -174,16 +181,17 @@ static int unlink_files(struct removal *r, struct lb_error *err)
 static int remove_all(struct removal *r, const struct lb_image_join *join, struct lb_error *err)
 {
     struct lb_disks d;
+    bool all_known;
 
     if (lb_disks_load(r->dir, r->vm, &d, err))
         return -1;
-    int rc = write_orphans(r, err) || note_images(r, &d, err) || unlink_files(r, err) ? -1 : 0;
+    int rc = write_orphans(r, err) || note_images(r, &d, &all_known, err) || unlink_files(r, err) ? -1 : 0;
     if (rc == 0) {
         lb_disks_tidy(r->dir, r->vm, &d);
         rc = lb_disks_save(r->dir, r->vm, &d, err);
     }
     if (rc == 0)
-        rc = lb_images_reduce(r->dir, r->vm, &d, join, &r->res, &r->freed, err);
+        rc = lb_images_reduce(r->dir, r->vm, &d, all_known ? join : NULL, &r->res, &r->freed, err);
     lb_disks_free(&d);
     return rc;
 }

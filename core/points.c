@@ -39,6 +39,9 @@
  *   take-written   all in the temporary file      fill-begun        it runs, nothing filled
  *   take-committed the file has its name          fill-half         half of it is there
  *   suspend-decided entry SUSPENDED
+ *   rm-rewritten   a child stands without those that go       rm-unlinked  a file of those is gone
+ *   rm-joining     a join of two images is noted               rm-joined    done and noted, the upper one is there
+ *   import-disks   disks have their names, the file not yet
  *
  * Without the variable a point costs one getenv, and points are a handful per
  * migration.  A value that is not understood is logged and ignored: a session
