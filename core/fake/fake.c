@@ -1131,7 +1131,7 @@ static int fake_launch(const struct lb_vm_desc *desc, const struct lb_launch_opt
     struct guest *g = guest_new(opts->name ? opts->name : desc->name, &config, err);
     if (!g)
         return -1;
-    snprintf(g->uuid, sizeof(g->uuid), "%s", desc->uuid);
+    snprintf(g->uuid, sizeof(g->uuid), "%s", opts->new_uuid && *opts->new_uuid ? opts->new_uuid : desc->uuid);
     if (opts->shared_memory_fd)
         g->shared_fd = fcntl(opts->shared_memory_fd, F_DUPFD_CLOEXEC, 0);
     /* what firmware leaves in a machine that was switched on: prepare_ram has
