@@ -455,14 +455,21 @@ static bool wait_complete(struct lb_fill *f)
     return complete;
 }
 
+/* Somebody who ended it may have forgotten it, too: then there is nothing to say. */
 static int gone(struct lb_fill *f, struct lb_error *err)
 {
+    struct lb_error why = LB_ERROR_INIT;
+    struct lb_vm_entry now;
+
     lb_fill_stop(f);
-    f->entry.state = LB_VM_DEAD;
-    snprintf(f->entry.note, sizeof(f->entry.note), "ended while its memory still came from %s", f->entry.checkpoint);
-    if (lb_vm_entry_save(f->env.state_dir, &f->entry, NULL))
-        lb_log(LB_LOG_WARN, "the entry of VM %s cannot be written", f->entry.name);
-    return lb_fail(err, LB_E_HV, "VM %s %s", f->entry.name, f->entry.note);
+    if (!lb_vm_entry_load(f->env.state_dir, f->entry.name, &now, NULL) && now.state == LB_VM_FILLING) {
+        now.state = LB_VM_DEAD;
+        snprintf(now.note, sizeof(now.note), "ended while its memory still came from %s", now.checkpoint);
+        if (lb_vm_entry_save(f->env.state_dir, &now, &why))
+            lb_log_error(LB_LOG_WARN, &why);
+    }
+    return lb_fail(err, LB_E_HV, "VM %s ended while its memory still came from %s", f->entry.name,
+                   f->entry.checkpoint);
 }
 
 static int fill_all(struct lb_fill *f, struct lb_ckpt_meter *meter, struct lb_error *err)
@@ -474,9 +481,9 @@ static int fill_all(struct lb_fill *f, struct lb_ckpt_meter *meter, struct lb_er
         uint64_t placed = atomic_load(&f->placed_pages);
         lb_ckpt_meter_bytes(meter, placed << LB_PAGE_SHIFT,
                             100.0 * (double)placed / (double)LB_MAX(f->mem.populated_pages, UINT64_C(1)));
-        tell_damage(f, meter, &told);
         if (vm_gone(f))
             return gone(f, err);
+        tell_damage(f, meter, &told);
     }
     return 0;
 }

@@ -17,6 +17,17 @@
 #define NOT_RUNNING_TRIES 100u
 #define NOT_RUNNING_MS 50u
 
+/* The time since the last step was `what`. */
+static void step(struct lb_restore *r, const char *what)
+{
+    uint64_t now = lb_now_ns();
+    size_t len = strlen(r->steps);
+
+    snprintf(r->steps + len, sizeof(r->steps) - len, "%s%s %.1f", len ? ", " : "", what,
+             (double)(now - r->t_step) / 1e6);
+    r->t_step = now;
+}
+
 /* ---------------------------------------------------------- the file, meanwhile */
 
 struct opening {
@@ -97,26 +108,59 @@ static int save_entry(struct lb_restore *r, struct lb_error *err)
     return lb_vm_entry_save(r->env->state_dir, &r->entry, err);
 }
 
+static bool is_another(const struct lb_restore *r)
+{
+    return r->opts->as[0] && strcmp(r->opts->as, r->ck.vm);
+}
+
+/* Another VM writes its logs and serves its sockets in its own folder: those of the command line are the first one's.
+ * The strings of those that are added are `made`. */
+static struct lb_path_map *own_paths(const struct lb_restore *r, const char *dir, const struct lb_launch_opts *host,
+                                     unsigned *n, char ***made)
+{
+    struct lb_path_map *v = lb_alloc(sizeof(*v) * (host->n_paths + r->n_items + 1));
+    unsigned n_made = 0;
+
+    if (host->n_paths)
+        memcpy(v, host->paths, sizeof(*v) * host->n_paths);
+    *n = host->n_paths;
+    *made = lb_alloc(sizeof(**made) * (r->n_items + 1));
+    for (unsigned i = 0; is_another(r) && i < r->n_items; i++) {
+        const struct lb_arg_item *it = &r->items[i];
+        const char *slash = strrchr(it->value, '/');
+
+        if ((it->kind != LB_ARG_OUTPUT && it->kind != LB_ARG_UNIX_LISTEN) || it->value[0] != '/' || !slash[1])
+            continue;
+        (*made)[n_made] = lb_asprintf("%s%s", dir, slash);
+        v[(*n)++] = (struct lb_path_map){.from = it->value, .to = (*made)[n_made++]};
+    }
+    return v;
+}
+
 static int launch(struct lb_restore *r, struct lb_error *err)
 {
     LB_AUTO_FREE char *dir = lb_vm_dir(r->env->state_dir, r->entry.name, true);
     struct lb_launch_opts lo = r->env->launch ? *r->env->launch : (struct lb_launch_opts){0};
+    LB_AUTO_FREE struct lb_path_map *paths = NULL;
     struct lb_vm_ident id;
+    char **made;
+    int rc;
 
     lo.name = r->entry.name;
     lo.run_dir = dir;
+    lo.paths = paths = own_paths(r, dir, &lo, &lo.n_paths, &made);
     lo.taps = r->taps;
     lo.n_taps = r->n_taps;
     lo.disks = r->disks;
-    lo.n_disks = r->disks ? r->ck.n_disks : 0;
+    lo.n_disks = r->n_disks;
     lo.shared_memory_fd = r->opts->shared_memory_fd;
-    if (r->opts->as[0] && strcmp(r->opts->as, r->ck.vm)) {
-        if (new_uuid(r->uuid, err))
-            return -1;
+    if (is_another(r)) {
         lo.new_name = r->entry.name;
         lo.new_uuid = lo.mac_seed = r->uuid;
     }
-    if (lb_hv_launch(r->env->hv, &r->ck.info.meta.desc, &lo, &r->vm, err))
+    rc = lb_hv_launch(r->env->hv, &r->ck.info.meta.desc, &lo, &r->vm, err);
+    lb_strv_free(made);
+    if (rc)
         return -1;
     lb_hv_ident(r->vm, &id);
     r->entry.proc = id.proc;
@@ -167,8 +211,12 @@ static int begin_fill(struct lb_restore *r, struct lb_error *err)
 
 static int load_lazy(struct lb_restore *r, struct lb_error *err)
 {
-    if (begin_fill(r, err) || lb_mem_place_small(&r->fill->mem, err))
+    if (begin_fill(r, err))
         return -1;
+    step(r, "threads");
+    if (lb_mem_place_small(&r->fill->mem, err))
+        return -1;
+    step(r, "devices");
     if (!lb_hv_load_state(r->fill->vm, r->state, r->state_len, err))
         return lb_fill_decide(r->fill, false, err);
     lb_fill_decide(r->fill, false, err); /* it was ended by us: that is why */
@@ -189,6 +237,7 @@ static int load(struct lb_restore *r, struct lb_error *err)
         lb_ckpt_meter_note(&r->meter, "all memory is read first: %.150s", why.message);
         r->lazy = false;
     }
+    step(r, "memory");
     return r->lazy ? load_lazy(r, err) : load_eager(r, err);
 }
 
@@ -199,22 +248,22 @@ static struct lb_hv_vm *handle(const struct lb_restore *r)
     return r->fill ? r->fill->vm : r->vm;
 }
 
-/* `run` failed. Is the guest known not to run? A hypervisor that is dead or says so; one that lives and does not
- * answer may be running it: then it is here, and recovery sees to the rest. */
-static bool not_running(struct lb_restore *r, const struct lb_error *why)
+/* `run` failed: does the guest run all the same? 0: no, the hypervisor is dead or says so. 1: yes, only the answer was
+ * lost. -1: it lives and does not answer; it may be running, so it is here, and recovery sees to the rest. */
+static int runs_anyway(struct lb_restore *r, const struct lb_error *why)
 {
     struct lb_vm_ident id = lb_ckpt_ident(&r->entry);
     bool alive = false, running = false;
 
     for (unsigned i = 0; i < NOT_RUNNING_TRIES; i++) {
         if (!lb_hv_exists(r->env->hv, &id))
-            return true;
+            return 0;
         if (!lb_hv_status(handle(r), &alive, &running, NULL))
-            return !running;
+            return running;
         lb_sleep_ms(NOT_RUNNING_MS);
     }
     lb_log(LB_LOG_ERROR, "the hypervisor of VM %s neither answers nor ends: %s", r->entry.name, why->message);
-    return false;
+    return -1;
 }
 
 static int decide(struct lb_restore *r, struct lb_error *err)
@@ -237,17 +286,25 @@ static int decide(struct lb_restore *r, struct lb_error *err)
 static int run(struct lb_restore *r, struct lb_error *err)
 {
     struct lb_error why = LB_ERROR_INIT;
+    int runs = 1;
 
     if (lb_ckpt_check_cancel(r->env, r->meter.p.what, r->entry.name, err) || decide(r, err))
         return -1;
+    step(r, "entry");
     if (!r->paused && lb_hv_run(handle(r), &why)) {
-        r->decided = !not_running(r, &why);
+        runs = runs_anyway(r, &why);
+        if (runs == 1 && lb_hv_run(handle(r), &why)) /* said again, for the handle to know */
+            runs = -1;
+    }
+    r->decided = runs != 0;
+    if (runs <= 0) {
         if (err)
             *err = why;
         return -1;
     }
-    r->decided = true;
     r->res->running_ms = (double)(lb_now_ns() - r->t_start) / 1e6;
+    step(r, "run");
+    lb_log(LB_LOG_INFO, "VM %s is there after %.1f ms: %s", r->entry.name, r->res->running_ms, r->steps);
     if (!r->paused && lb_hv_announce(handle(r), &why))
         lb_log_error(LB_LOG_WARN, &why);
     lb_restore_keep_disks(r->env, r->entry.name);
@@ -273,6 +330,8 @@ static int begin(struct lb_restore *r, const char *ref, struct lb_error *err)
         return -1;
     r->paused = o->paused || r->ck.info.meta.paused;
     r->lazy = !o->eager && !r->paused && !o->shared_memory_fd;
+    if (new_uuid(r->uuid, err))
+        return -1;
     snprintf(r->res->vm, sizeof(r->res->vm), "%s", r->entry.name);
     r->res->ram_bytes = r->ck.info.meta.desc.ram_bytes;
     lb_ckpt_meter_init(&r->meter, r->env, r->own ? "resume" : o->shared_memory_fd ? "clone" : "restore", 0);
@@ -297,25 +356,32 @@ static int receive(struct lb_restore *r, struct lb_error *err)
     if (save_entry(r, err))
         return -1;
     r->registered = true;
+    step(r, "entry");
     rc = open_begin(&o, err) || lb_restore_disks(r, err) || launch(r, err) ? -1 : 0;
+    step(r, "launch");
     if (open_end(&o, &why) && !rc) {
         rc = -1;
         if (err)
             *err = why;
     }
-    return rc || lb_mem_init(&r->mem, r->vm, r->chain, false, err) ? -1 : 0;
+    if (rc || lb_mem_init(&r->mem, r->vm, r->chain, false, err))
+        return -1;
+    step(r, "file");
+    return 0;
 }
 
 static int restore(struct lb_restore *r, const char *ref, struct lb_error *err)
 {
     if (begin(r, ref, err))
         return -1;
+    step(r, "checks");
     lb_ckpt_meter_phase(&r->meter, LB_CKPT_LAUNCHING, 2);
     if (receive(r, err))
         return -1;
     r->meter.p.total_bytes = r->mem.populated_pages << LB_PAGE_SHIFT;
     if (load(r, err))
         return -1;
+    step(r, "state");
     lb_point("restore-loaded");
     return run(r, err);
 }
@@ -357,6 +423,7 @@ static void free_restore(struct lb_restore *r)
     free(r->disks);
     lb_strv_free(r->overlays);
     free(r->taps);
+    lb_argv_items_free(r->items, r->n_items);
 }
 
 int lb_ckpt_restore(const struct lb_ckpt_env *env, const char *ref, const struct lb_restore_opts *opts,
@@ -366,6 +433,7 @@ int lb_ckpt_restore(const struct lb_ckpt_env *env, const char *ref, const struct
     struct lb_error why = LB_ERROR_INIT;
     int rc;
 
+    r.t_step = r.t_start;
     *f = NULL;
     memset(res, 0, sizeof(*res));
     rc = restore(&r, ref, &why);

@@ -2,7 +2,6 @@
 #include "checkpoint/restore_internal.h"
 
 #include "core/host.h"
-#include "core/qemu/argv_scan.h"
 
 #include <errno.h>
 #include <string.h>
@@ -205,18 +204,13 @@ static void merge_taps(struct lb_restore *r)
 
 static int check_taps(struct lb_restore *r, struct lb_error *err)
 {
-    struct lb_arg_item *v = NULL;
-    unsigned n = 0;
-    int rc = 0;
-
     merge_taps(r);
     if (r->ck.info.meta.desc.argv)
-        lb_argv_scan(r->ck.info.meta.desc.argv, &v, &n);
-    for (unsigned i = 0; i < n && !rc; i++)
-        if (v[i].kind == LB_ARG_TAP)
-            rc = check_tap(r, &v[i], err);
-    lb_argv_items_free(v, n);
-    return rc;
+        lb_argv_scan(r->ck.info.meta.desc.argv, &r->items, &r->n_items);
+    for (unsigned i = 0; i < r->n_items; i++)
+        if (r->items[i].kind == LB_ARG_TAP && check_tap(r, &r->items[i], err))
+            return -1;
+    return 0;
 }
 
 int lb_restore_check(struct lb_restore *r, struct lb_error *err)

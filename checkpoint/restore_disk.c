@@ -171,8 +171,8 @@ static int make_overlays(struct lb_restore *r, struct lb_error *err)
     for (unsigned i = 0; i < ck->n_disks; i++) {
         if (create(r, r->overlays[i], &ck->disks[i], err))
             return -1;
-        r->disks[i] = (struct lb_disk_map){.argv_path = (char *)ck->disks[i].argv_path, .path = r->overlays[i],
-                                           .format = (char *)"qcow2"};
+        r->disks[r->n_disks++] = (struct lb_disk_map){.argv_path = (char *)ck->disks[i].argv_path,
+                                                      .path = r->overlays[i], .format = (char *)"qcow2"};
     }
     return 0;
 }
@@ -193,7 +193,8 @@ int lb_restore_disks(struct lb_restore *r, struct lb_error *err)
         return 0;
     r->disks = lb_alloc(sizeof(*r->disks) * ck->n_disks);
     for (unsigned i = 0; r->own && i < ck->n_disks; i++)
-        r->disks[i] = (struct lb_disk_map){.argv_path = (char *)ck->disks[i].argv_path,
+        if (ck->disks[i].path[0]) /* else it is on no file of this host */
+            r->disks[r->n_disks++] = (struct lb_disk_map){.argv_path = (char *)ck->disks[i].argv_path,
                                            .path = (char *)ck->disks[i].path, .format = (char *)ck->disks[i].format};
     if (r->own || !make_overlays(r, err))
         return 0;

@@ -12,21 +12,26 @@
 #define LB_RESTORE_INTERNAL_H
 
 #include "checkpoint/fill.h"
+#include "core/qemu/argv_scan.h"
 
 struct lb_restore {
     const struct lb_ckpt_env *env;
     const struct lb_restore_opts *opts;
     struct lb_restore_result *res;
     struct lb_ckpt_meter meter;
-    uint64_t t_start;
+    uint64_t t_start, t_step;
+    char steps[256];                  /* what took how long, for the log */
     struct lb_ckpt_entry ck;
     bool own;                         /* a suspended VM comes back: its own name, its own disks */
     bool lazy, paused;
     struct lb_vm_entry entry, before; /* of the VM */
     bool had_entry, registered, decided;
-    char uuid[37];                    /* of another VM; else "" */
-    struct lb_disk_map *disks;        /* what each disk of the command line is now; n as ck.n_disks */
+    char uuid[37];                    /* for another VM */
+    struct lb_disk_map *disks;        /* what disks of the command line are now */
+    unsigned n_disks;
     char **overlays;                  /* made for it; NULL-terminated, or NULL */
+    struct lb_arg_item *items;        /* what the command line uses of a host */
+    unsigned n_items;
     struct lb_path_map *taps;
     unsigned n_taps;
     struct lb_chain *chain;
