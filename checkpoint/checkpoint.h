@@ -145,7 +145,7 @@ struct lb_ckpt_schedule {
     unsigned keep;                   /* >= 1 */
     bool no_disk;
     char key_file[256];              /* "" not encrypted */
-    uint64_t last_ms;                /* wall clock, of the last one that came to an end */
+    uint64_t last_ms;                /* wall clock, of the beginning of the last one that came to an end */
     unsigned failures;               /* since the last good one */
     char error[256];                 /* of the last bad one */
 };

@@ -355,7 +355,7 @@ static void scheduled_ended(struct session *s)
     bool bad = s->error.code && s->error.code != LB_E_CANCELLED;
 
     if (!lb_schedule_load(s->d->opt.state_dir, s->vm, &w, NULL)) {
-        w.last_ms = lb_wall_ms();
+        w.last_ms = s->begun_ms; /* so that its own time does not add up */
         w.failures = bad ? w.failures + 1 : 0;
         snprintf(w.error, sizeof(w.error), "%.255s", bad ? s->error.message : pruned ? pruned : "");
         if (lb_schedule_save(s->d->opt.state_dir, s->vm, &w, &err))
@@ -430,13 +430,14 @@ static json_t *suspended_json(struct daemon *d, const struct lb_vm_entry *e)
     return o;
 }
 
-static json_t *fill_json(struct session *s, const struct lb_vm_entry *e)
+static json_t *fill_json(struct daemon *d, const struct lb_vm_entry *e)
 {
+    struct session *s = lb_session_of_vm(d, e->name);
     json_t *o = json_object(), *p = s && s->progress ? json_loads(s->progress, 0, NULL) : NULL;
     json_t *percent = json_object_get(p, "percent");
 
     json_object_set(o, "percent", percent ? percent : json_null());
-    json_object_set_new(o, "problem", lb_json_text(s ? "" : e->note));
+    json_object_set_new(o, "problem", lb_json_text(s ? "" : lb_fill_problem(d, e->name)));
     json_decref(p);
     return o;
 }
@@ -450,7 +451,7 @@ void lb_ckpt_add_json(struct daemon *d, const struct lb_vm_entry *e, json_t *o)
     if (e->state == LB_VM_SUSPENDED)
         json_object_set_new(o, "suspended", suspended_json(d, e));
     if (e->state == LB_VM_FILLING)
-        json_object_set_new(o, "fill", fill_json(lb_session_of_vm(d, e->name), e));
+        json_object_set_new(o, "fill", fill_json(d, e));
     if (!lb_schedule_load(d->opt.state_dir, e->name, &s, &why)) {
         json_object_set_new(o, "schedule", schedule_json(e->name, &s));
     } else if (why.code != LB_E_NOT_FOUND) {

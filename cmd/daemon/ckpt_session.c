@@ -334,8 +334,8 @@ static void tell_running(struct sess *s, const struct lb_restore_result *res, co
     json_object_set_new(o, "event", json_string("running"));
     json_object_set_new(o, "vm", lb_json_text(res->vm));
     json_object_set_new(o, "result", restore_json(res, ref, resumed));
+    lb_sess_running(s, lb_json_dump(o)); /* before anything is said in the new role */
     lb_sess_set_role(s, "fill");
-    lb_sess_running(s, lb_json_dump(o));
 }
 
 /* Locked. */

@@ -85,6 +85,7 @@ struct session {
     char *preflight, *progress, *protect; /* last events, JSON; NULL */
     char *result;           /* JSON, of a good end; NULL */
     bool abandoned;         /* to be cancelled as soon as it connects */
+    uint64_t begun_ms;      /* wall clock; when it came back to us, if it was adopted */
     uint64_t protected_ns;  /* roles protect: when it first said "protected"; 0: not yet */
     char end[16];           /* roles protect, backup: how, as lb_protect_end_name has it, or "promoted" */
     struct lb_error error;  /* of a bad end */
@@ -209,6 +210,8 @@ void lb_protect_scan(struct daemon *d, const struct lb_vm_entry *e);
 void lb_recover_scan(struct daemon *d, const struct lb_vm_entry *e);
 /* May it be recovered, or filled, now? Later and later after failures. */
 bool lb_recover_due(struct daemon *d, const char *vm);
+/* Why its memory could not be filled at the last try, or "". */
+const char *lb_fill_problem(struct daemon *d, const char *vm);
 void lb_wards_prune(struct daemon *d, const struct lb_vm_entry *v, unsigned n);
 
 /* ---- checkpoint.c. Requests; they answer the client or make it watch a session. */

@@ -44,6 +44,7 @@ struct ward {
     char why[512];        /* there is no backup */
     unsigned recoveries;  /* that decided nothing, in a row */
     uint64_t recover_ns;  /* not before */
+    char fill_why[512];   /* its memory could not be filled; "" */
     uint64_t failover_ns; /* when a failover was asked for */
     char refused[256];    /* the refusal that stood before that */
 };
@@ -475,15 +476,25 @@ bool lb_recover_due(struct daemon *d, const char *vm)
            (!w || lb_now_ns() >= w->recover_ns);
 }
 
+const char *lb_fill_problem(struct daemon *d, const char *vm)
+{
+    const struct ward *w = ward_find(d, vm);
+
+    return w ? w->fill_why : "";
+}
+
 static void recovery_ended(struct session *s)
 {
     struct ward *w = ward_of(s->d, s->vm);
 
+    w->fill_why[0] = '\0';
     if (!s->error.code) {
         w->recoveries = 0;
         w->recover_ns = 0;
         return;
     }
+    if (is(s, "fill"))
+        snprintf(w->fill_why, sizeof(w->fill_why), "%.300s: %.200s", s->error.message, s->error.remedy);
     w->recoveries++;
     w->recover_ns = later(s->d, RECOVER_FIRST_NS, w->recoveries);
 }

@@ -65,7 +65,7 @@ struct sess {
     struct event_slot {
         char *text;
         bool due;
-    } preflight, progress, protect, running;
+    } preflight, running, progress, protect;
     char *log_path;            /* set once */
     bool wants, noted, cancelled;
     uint8_t want_id[LB_SESSION_ID_BYTES];
@@ -102,7 +102,7 @@ static int send_text(int fd, char *json)
 /* mu held. The first event that is to be sent. */
 static struct event_slot *due_slot(struct sess *s)
 {
-    struct event_slot *const order[] = {&s->preflight, &s->progress, &s->protect, &s->running};
+    struct event_slot *const order[] = {&s->preflight, &s->running, &s->progress, &s->protect};
 
     for (size_t i = 0; i < LB_ARRAY_LEN(order); i++)
         if (order[i]->due)
@@ -892,7 +892,10 @@ static void add_remedy(struct sess *s, struct lb_error *err)
     if (err->remedy[0])
         return;
     if (work_of(s->start->role)) {
-        lb_remedy(err, "see %.250s/log/%s.log", s->start->state_dir, s->id);
+        if (err->code == LB_E_AUTH)
+            lb_remedy(err, "give the key with which it was made: --key or --passphrase");
+        else
+            lb_remedy(err, "see %.250s/log/%s.log", s->start->state_dir, s->id);
         return;
     }
     switch (err->code) {

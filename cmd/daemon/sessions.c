@@ -257,6 +257,7 @@ static bool hello(struct link *l, const Lb__SessionHello *h)
         s = lb_alloc(sizeof(*s));
         s->d = l->d;
         s->pid = l->pid;
+        s->begun_ms = lb_wall_ms();
         s->was_adopted = true;
         LIST_INSERT_HEAD(&l->d->sessions, s, link);
         set_role(s, h->role);
@@ -552,6 +553,7 @@ static struct session *spawn(struct daemon *d, Lb__SessionStart *m, int conn, st
     s = lb_alloc(sizeof(*s));
     s->d = d;
     s->pid = pid;
+    s->begun_ms = lb_wall_ms();
     lb_hex(s->id, id, sizeof(id));
     set_role(s, m->role);
     snprintf(s->vm, sizeof(s->vm), "%s", m->vm);
