@@ -272,24 +272,20 @@ static void set_launch(struct lb_ckpt_host *h, const struct lb_ckpt_entry *ck)
     h->launch.emulator = is == was ? NULL : is;
 }
 
-/* The checkpoint, and which VM it will be; the key. */
+/* The checkpoint (ref: its name), and which VM it will be; the key. */
 static int restore_find(struct work *w, const Lb__RpcRestore *m, char ref[160], struct lb_error *err)
 {
     const char *dir = w->host.env.state_dir;
     LB_AUTO_FREE char *remembered = m->resume ? lb_ckpt_remembered_key(dir, m->ref) : NULL;
+    LB_AUTO_FREE char *asked = m->resume ? lb_asprintf("%s@suspend", m->ref) : lb_strdup(m->ref);
     struct lb_ckpt_entry ck = {0};
     const char *vm;
     int rc = -1;
 
-    if (m->resume)
-        lb_ckpt_number_ref(ref, m->ref, 0);
-    else
-        snprintf(ref, 160, "%s", m->ref);
-    if (strlen(m->ref) >= 160 && !strchr(m->ref, '/'))
-        return lb_fail(err, LB_E_USAGE, "\"%.200s\" is no checkpoint", m->ref);
     if (lb_ckpt_key_for(&w->host, m->key, remembered, false, &w->key, err) ||
-        lb_catalog_find(w->host.catalog_dir, m->resume ? ref : m->ref, w->key, &ck, err))
+        lb_catalog_find(w->host.catalog_dir, asked, w->key, &ck, err))
         return -1;
+    snprintf(ref, 160, "%s", ck.ref);
     vm = m->as[0] ? m->as : ck.vm;
     if (!ck.readable) {
         if (err)
@@ -341,6 +337,8 @@ static void tell_running(struct sess *s, const struct lb_restore_result *res, co
 /* Locked. */
 static int restore(struct work *w, const Lb__RpcRestore *m, const char *ref, char **json, struct lb_error *err)
 {
+    /* What is named by its path need not be where its name says. */
+    const char *which = strchr(m->ref, '/') ? m->ref : ref;
     LB_AUTO_FREE struct lb_path_map *taps = lb_alloc(sizeof(*taps) * (m->n_taps + 1));
     const char *dir = w->host.env.state_dir, *vm = lb_sess_vm(w->s);
     LB_AUTO_FREE char *before = lb_ckpt_remembered_key(dir, vm);
@@ -357,7 +355,7 @@ static int restore(struct work *w, const Lb__RpcRestore *m, const char *ref, cha
     snprintf(opts.as, sizeof(opts.as), "%s", m->as);
     if (m->key && m->key->key_file[0])
         lb_ckpt_remember_key(dir, vm, m->key->key_file);
-    rc = lb_ckpt_restore(&w->host.env, ref, &opts, &fill, &res, err);
+    rc = lb_ckpt_restore(&w->host.env, which, &opts, &fill, &res, err);
     line = rc ? json_object() : restore_json(&res, ref, m->resume);
     history(w, line, vm, m->resume ? "resume" : "restore", rc, err);
     if (rc) {
@@ -388,7 +386,7 @@ int lb_work_restore(struct sess *s, char **json, struct lb_error *err)
         return lb_fail(err, LB_E_USAGE, "the session was not told what to restore");
     if (!work_open(&w, s, err) && !restore_find(&w, r->restore, ref, err) &&
         !restore_lock(&w, r->restore->resume, err)) {
-        rc = restore(&w, r->restore, r->restore->resume ? ref : r->restore->ref, json, err);
+        rc = restore(&w, r->restore, ref, json, err);
         if (rc)
             restore_undo(&w);
     }
@@ -468,7 +466,7 @@ int lb_work_clone(struct sess *s, char **json, struct lb_error *err)
         !lb_catalog_find(w.host.catalog_dir, r->clone->ref, w.key, &ck, err)) {
         set_launch(&w.host, &ck);
         rc = lb_ckpt_clone(&w.host.env, r->clone->ref, &opts, &res, err);
-        *json = clones_json(&w, r->clone->ref, &res);
+        *json = clones_json(&w, ck.ref, &res);
         lb_ckpt_entry_free(&ck);
     }
     free(res.names);
