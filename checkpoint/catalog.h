@@ -56,7 +56,7 @@ char *lb_catalog_suspend_path(const char *dir, const char *vm); /* caller frees 
 /* The latest checkpoint that an increment can stand on: readable with this key, chain whole, no suspend. NOT_FOUND. */
 int lb_catalog_latest(const char *dir, const char *vm, const struct lb_ckpt_key *key, struct lb_ckpt_entry *out,
                       struct lb_error *err);
-/* Where the images of a checkpoint are now. Say it before its file has its name, best before the disks are frozen:
+/* Where the images of a checkpoint are; until somebody says so, where its file says. Said before the file has its name:
  * when nothing comes of the checkpoint, its frozen images are joined by the next removal like those of one that went. */
 int lb_catalog_set_disks(const char *dir, const char *vm, uint32_t number, const struct lb_ckpt_disk *v, unsigned n,
                          struct lb_error *err);

@@ -122,7 +122,8 @@ static bool stands_on(const char *image, const char *base)
     return lb_qcow2_head(image, &h, NULL) == 0 && h.backing[0] && same_file(h.backing, base);
 }
 
-/* Made by us, beside the image it stands on: STEM.lb-N.qcow2 */
+/* Made by us, beside the image it stands on: STEM.lb-N.qcow2 (an overlay of a restored VM), STEM.lb-VM-N (of a
+ * checkpoint). */
 static bool our_name(const char *path)
 {
     const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
@@ -132,8 +133,14 @@ static bool our_name(const char *path)
         mark = p++;
     if (!mark || mark == base)
         return false;
-    size_t digits = strspn(mark + 4, "0123456789");
-    return digits && !strcmp(mark + 4 + digits, ".qcow2");
+    mark += strlen(".lb-");
+    size_t len = strlen(mark), suffix = strlen(".qcow2");
+    if (len > suffix && !strcmp(mark + len - suffix, ".qcow2"))
+        len -= suffix;
+    size_t digits = 0;
+    while (digits < len && mark[len - digits - 1] >= '0' && mark[len - digits - 1] <= '9')
+        digits++;
+    return digits && (digits == len || mark[len - digits - 1] == '-');
 }
 
 /* -------------------------------------------------------------- who stands on whom */

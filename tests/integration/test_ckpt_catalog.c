@@ -85,7 +85,7 @@ static void checkpoint(struct vm *v)
     snprintf(d.argv_path, sizeof(d.argv_path), "%s/web.raw", img);
     snprintf(d.format, sizeof(d.format), "%s", v->format);
     OK(lb_disk_identify(&d, err));
-    snprintf(next, sizeof(next), "web.lb-%u.qcow2", n);
+    snprintf(next, sizeof(next), n % 2 ? "web.lb-%u.qcow2" : "web.raw.lb-web-%u", n); /* both kinds of ours */
     overlay(next, v->now, v->format);
     free(v->disk[n]);
     v->disk[n] = sum_of(path, v->format);
@@ -121,7 +121,8 @@ static int join_images(const char *vm, const char *disk_id, const char *top, con
     LB_AUTO_FREE char *now = image(v->now);
     struct lb_qcow2_head h;
     char above[512] = "", walk[512];
-    const char *format = strstr(base, ".raw") ? "raw" : "qcow2";
+    size_t len = strlen(base);
+    const char *format = len > 4 && !strcmp(base + len - 4, ".raw") ? "raw" : "qcow2";
     assert_string_equal(vm, "web");
     assert_string_equal(disk_id, "vda");
     snprintf(walk, sizeof(walk), "%s", now);
@@ -320,6 +321,31 @@ static void test_user_of_another_catalog(void **s)
     all_hold(&v, sum);
     close(other);
     end_vm(&v);
+}
+
+/* An overlay that an operator made is never joined: it would have to be deleted. */
+static void test_name_of_an_operator(void **s)
+{
+    (void)s;
+    static const char *const foreign[] = {"web.snap", "web.lb-1.qcow2.bak", "lb-1.qcow2", ".lb-1.qcow2", "web.lb-x"};
+    for (unsigned i = 0; i < LB_ARRAY_LEN(foreign); i++) {
+        struct vm v = {0};
+        struct lb_prune_result res;
+        OK(lb_remove_tree(cat, err));
+        int held = lock();
+        make_vm(&v, 1);
+        LB_AUTO_FREE char *now = image(v.now), *other = image(foreign[i]);
+        assert_int_equal(rename(now, other), 0);
+        snprintf(v.now, sizeof(v.now), "%s", foreign[i]);
+        LB_AUTO_FREE char *sum = guest(&v);
+        OK(rm((uint32_t[]){1}, 1, &v, &res, err));
+        assert_int_equal(res.images_joined, 0);
+        assert_int_equal(res.images_kept, 1);
+        all_hold(&v, sum);
+        assert_int_equal(unlink(other), 0);
+        close(held);
+        end_vm(&v);
+    }
 }
 
 static int join_refused(const char *vm, const char *disk_id, const char *top, const char *base, void *arg,
@@ -613,7 +639,7 @@ int main(void)
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
         T(test_oldest_goes), T(test_some_go), T(test_later), T(test_user_on_base), T(test_user_on_top),
-        T(test_user_not_said), T(test_user_elsewhere), T(test_user_of_another_catalog), T(test_join_refused),
+        T(test_user_not_said), T(test_user_elsewhere), T(test_user_of_another_catalog), T(test_join_refused), T(test_name_of_an_operator),
         T(test_death_before), T(test_death_unlinked), T(test_death_joining), T(test_death_in_join), T(test_death_joined),
         T(test_export_import), T(test_export_no_disk_and_cancel), T(test_import_refuses), T(test_import_dies),
     };
