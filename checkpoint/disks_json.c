@@ -10,6 +10,7 @@
  * catalog.  A spare image is one of a live checkpoint: such an image is frozen, the guest writes elsewhere; the
  * image of a suspended VM is where its guest will go on, and never becomes spare. */
 #include "checkpoint/catalog_internal.h"
+#include "checkpoint/store_internal.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -136,43 +137,12 @@ static int get_string(const json_t *o, const char *key, char *out, size_t cap)
     return 0;
 }
 
-static int get_u64(const json_t *o, const char *key, uint64_t *out)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_integer(v))
-        return -1;
-    *out = (uint64_t)json_integer_value(v);
-    return 0;
-}
-
-static json_t *disk_json(const struct lb_ckpt_disk *d)
-{
-    /* An inode or a device number may use all 64 bits: the sign is lost on both ways. */
-    return json_pack("{s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I}", "id", d->id, "argv_path", d->argv_path, "path",
-                     d->path, "format", d->format, "size_bytes", (json_int_t)d->size_bytes, "file_bytes",
-                     (json_int_t)d->file_bytes, "mtime_ns", (json_int_t)d->mtime_ns, "inode", (json_int_t)d->inode,
-                     "device", (json_int_t)d->device);
-}
-
-static int disk_parse(const json_t *o, struct lb_ckpt_disk *d)
-{
-    return get_string(o, "id", d->id, sizeof(d->id)) || get_string(o, "argv_path", d->argv_path, sizeof(d->argv_path)) ||
-                   get_string(o, "path", d->path, sizeof(d->path)) ||
-                   get_string(o, "format", d->format, sizeof(d->format)) ||
-                   get_u64(o, "size_bytes", &d->size_bytes) || get_u64(o, "file_bytes", &d->file_bytes) ||
-                   get_u64(o, "mtime_ns", &d->mtime_ns) || get_u64(o, "inode", &d->inode) ||
-                   get_u64(o, "device", &d->device)
-               ? -1
-               : 0;
-}
-
 static json_t *disks_json(const struct lb_ckpt_disk *v, unsigned n)
 {
     json_t *a = json_array();
 
     for (unsigned i = 0; i < n; i++)
-        json_array_append_new(a, disk_json(&v[i]));
+        json_array_append_new(a, lb_ckpt_disk_json(&v[i]));
     return json_array_size(a) == n ? a : (json_decref(a), NULL);
 }
 
@@ -183,7 +153,7 @@ static int disks_parse(const json_t *a, struct lb_ckpt_disk **v, unsigned *n)
     *n = (unsigned)json_array_size(a);
     *v = *n ? lb_alloc(*n * sizeof(**v)) : NULL;
     for (unsigned i = 0; i < *n; i++)
-        if (disk_parse(json_array_get(a, i), &(*v)[i]))
+        if (lb_ckpt_disk_parse(json_array_get(a, i), &(*v)[i], NULL))
             return -1;
     return 0;
 }
@@ -237,11 +207,8 @@ static const char *parse_joining(const json_t *o, struct lb_disks_joining *j)
 static const char *parse(json_t *o, struct lb_disks *d)
 {
     const char *wrong;
-    uint64_t version;
 
-    if (get_u64(o, "version", &version))
-        return "\"version\" is missing";
-    if (version != VERSION)
+    if (json_integer_value(json_object_get(o, "version")) != VERSION)
         return "it is of another version";
     if ((wrong = parse_checkpoints(json_object_get(o, "checkpoints"), d)) ||
         (wrong = parse_users(json_object_get(o, "users"), d)) ||

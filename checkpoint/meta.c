@@ -38,7 +38,7 @@ static json_t *desc_json(const struct lb_vm_desc *d, struct lb_error *err)
     return json_string(text);
 }
 
-static json_t *disk_json(const struct lb_ckpt_disk *d)
+struct json_t *lb_ckpt_disk_json(const struct lb_ckpt_disk *d)
 {
     return json_pack("{s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I}", "id", d->id, "argv_path", d->argv_path, "path",
                      d->path, "format", d->format, "size_bytes", (json_int_t)d->size_bytes, "file_bytes",
@@ -51,7 +51,7 @@ static json_t *disks_json(const struct lb_ckpt_meta *m)
 {
     json_t *v = json_array();
     for (unsigned i = 0; i < m->n_disks; i++)
-        if (json_array_append_new(v, disk_json(&m->disks[i])) < 0) {
+        if (json_array_append_new(v, lb_ckpt_disk_json(&m->disks[i])) < 0) {
             json_decref(v);
             return NULL;
         }
@@ -121,7 +121,7 @@ static int get_bool(const json_t *o, const char *key, bool *out, struct lb_error
     return 0;
 }
 
-static int get_disk(const json_t *o, struct lb_ckpt_disk *d, struct lb_error *err)
+int lb_ckpt_disk_parse(const struct json_t *o, struct lb_ckpt_disk *d, struct lb_error *err)
 {
     if (get_text(o, "id", d->id, sizeof(d->id), err) < 0 ||
         get_text(o, "argv_path", d->argv_path, sizeof(d->argv_path), err) < 0 ||
@@ -144,7 +144,7 @@ static int get_disks(const json_t *o, struct lb_ckpt_meta *m, struct lb_error *e
     size_t n = json_array_size(v);
     m->disks = lb_alloc((n ? n : 1) * sizeof(*m->disks));
     for (size_t i = 0; i < n; i++)
-        if (get_disk(json_array_get(v, i), &m->disks[i], err) < 0)
+        if (lb_ckpt_disk_parse(json_array_get(v, i), &m->disks[i], err) < 0)
             return -1;
     m->n_disks = (unsigned)n;
     return 0;

@@ -124,6 +124,11 @@ char *lb_ckpt_meta_json_stats(const struct lb_ckpt_meta *m, const struct lb_ckpt
 /* stats that are not there are 0 */
 int lb_ckpt_meta_parse_stats(const char *json, struct lb_ckpt_meta *m, struct lb_ckpt_stats *s, struct lb_error *err);
 
+/* One disk, there and in disks.json; NULL: a name is not UTF-8 */
+struct json_t;
+struct json_t *lb_ckpt_disk_json(const struct lb_ckpt_disk *d);
+int lb_ckpt_disk_parse(const struct json_t *o, struct lb_ckpt_disk *out, struct lb_error *err);
+
 /* ---- what a writer asks of the parent; the reader's. Any thread. */
 /* The seed of the chain's hashes. Reads the hashes of all its files: call it first, once; then lb_chain_hash cannot
  * fail. */
