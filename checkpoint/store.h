@@ -161,8 +161,9 @@ int lb_chain_named(struct lb_chain *c, unsigned block, unsigned files, struct lb
  * May be called from several threads at once by lb_chain_read_all. */
 typedef int lb_chain_pages_fn(unsigned block, uint64_t first, uint64_t count, const void *data, void *arg,
                               struct lb_error *err);
-/* The page (which must be populated) and all others that are in the same chunk and current in this checkpoint. Every
- * chunk is checked before a byte of it is used; LB_E_PROTO "…: chunk N is damaged (VM, block, pages F-L)".
+/* The page (which must be populated), in the first call, and others that are in the same chunk and current in this
+ * checkpoint: all that take no other chunk than the page does or is at hand, and under its own name or next to the
+ * page. Every chunk is checked before a byte of it is used; LB_E_PROTO "…: chunk N is damaged (VM, block, pages F-L)".
  * Any thread, several at once. */
 int lb_chain_read(struct lb_chain *c, unsigned block, uint64_t page, lb_chain_pages_fn *fn, void *arg,
                   struct lb_error *err);
@@ -179,7 +180,7 @@ struct lb_chain_read_all {
 int lb_chain_read_all(struct lb_chain *c, const struct lb_chain_read_all *r, struct lb_error *err);
 
 /* Everything there is to check, of one file: every part, the whole, that the index names only what is there; with
- * `deep` every page is unpacked and its hash compared. Damage found is told by `found` (one line each: what, VM,
+ * `deep` the hash of every page is compared, too (not of differences: lb_chain_verify). Damage found is told by `found` (one line each: what, VM,
  * block, page range) as long as one can go on; the error is the first. */
 int lb_ckpt_verify(const char *path, const struct lb_ckpt_key *key, bool deep,
                    void (*found)(const char *what, void *arg), void *arg, struct lb_error *err);
@@ -187,5 +188,9 @@ int lb_ckpt_verify(const char *path, const struct lb_ckpt_key *key, bool deep,
 int lb_ckpt_verify_watched(const char *path, const struct lb_ckpt_key *key, bool deep,
                            void (*found)(const char *what, void *arg),
                            int (*tick)(uint64_t done_bytes, void *arg), void *arg, struct lb_error *err);
+/* What one file cannot tell: that each page stored as a difference becomes, with the parents, what its hash says. `found`
+ * is called by one thread at a time. */
+int lb_chain_verify(struct lb_chain *c, void (*found)(const char *what, void *arg), void *arg, int cancel_fd,
+                    struct lb_error *err);
 
 #endif

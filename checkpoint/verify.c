@@ -4,8 +4,8 @@
  * damage there ends it. Then chunk after chunk in the order of the file; a damaged one is named and
  * the next one looked at.
  *
- * A difference is checked as it is in the file: what it becomes needs the parent's file, which has
- * checks of its own. */
+ * A difference is checked as it is in the file.  What it becomes takes the parents: that is
+ * lb_chain_verify's, which reads just these pages. */
 #include "checkpoint/reader_internal.h"
 
 #include <fcntl.h>
@@ -286,5 +286,74 @@ int lb_ckpt_verify_watched(const char *path, const struct lb_ckpt_key *key, bool
         return 0;
     if (err)
         *err = v.first;
+    return -1;
+}
+
+/* ---------------------------------------------------------------- differences, with the parents */
+
+struct differences {
+    struct lb_chain *c;
+    uint64_t seed;
+    void (*found)(const char *what, void *arg);
+    void *arg;
+    pthread_mutex_t lock; /* of what follows */
+    struct lb_error first;
+};
+
+static bool no_difference(unsigned block, uint64_t page, void *arg)
+{
+    const struct differences *d = arg;
+    return !(d->c->map[block][page] & LB_ENTRY_XOR);
+}
+
+static void note_page(struct differences *d, unsigned block, uint64_t page)
+{
+    const struct lb_cf_file *f = &d->c->files[lb_entry_file(d->c->map[block][page])];
+    struct lb_error why = LB_ERROR_INIT;
+
+    lb_fail(&why, LB_E_PROTO, "%s: page %llu of %s is not what its hash says", f->name,
+            (unsigned long long)page, d->c->blocks[block].name);
+    pthread_mutex_lock(&d->lock);
+    if (d->first.code == LB_OK)
+        d->first = why;
+    if (d->found)
+        d->found(why.message, d->arg);
+    pthread_mutex_unlock(&d->lock);
+}
+
+static int compare_hashes(unsigned block, uint64_t first, uint64_t count, const void *data,
+                          void *arg, struct lb_error *err)
+{
+    struct differences *d = arg;
+    uint8_t want[16], is[16];
+    bool whole;
+
+    (void)err;
+    for (uint64_t i = 0; i < count; i++) {
+        lb_cf_hash(is, (const uint8_t *)data + i * LB_PAGE_SIZE, LB_PAGE_SIZE, d->seed);
+        if (!lb_chain_hash(d->c, block, first + i, want, &whole) ||
+            memcmp(is, want, sizeof(is)) != 0)
+            note_page(d, block, first + i);
+    }
+    return 0;
+}
+
+int lb_chain_verify(struct lb_chain *c, void (*found)(const char *what, void *arg), void *arg,
+                    int cancel_fd, struct lb_error *err)
+{
+    struct differences d = {
+        .c = c, .found = found, .arg = arg, .lock = PTHREAD_MUTEX_INITIALIZER};
+    struct lb_chain_read_all r = {.skip = no_difference,
+                                  .fn = compare_hashes,
+                                  .arg = &d,
+                                  .cancel_fd = cancel_fd,
+                                  .dont_cache = true};
+
+    if (lb_chain_seed(c, &d.seed, err) < 0 || lb_chain_read_all(c, &r, err) < 0)
+        return -1;
+    if (d.first.code == LB_OK)
+        return 0;
+    if (err)
+        *err = d.first;
     return -1;
 }

@@ -290,6 +290,18 @@ static int on_tick(uint64_t done, void *arg)
     return check_cancel(v->t, NULL);
 }
 
+/* Differences from a parent need the parent. */
+static int verify_chain(struct verification *v, const struct lb_ckpt_entry *e, struct lb_error *err)
+{
+    struct lb_chain *chain;
+
+    if (lb_catalog_open(v->t->host.catalog_dir, e, v->t->key, &chain, err))
+        return -1;
+    int rc = lb_chain_verify(chain, on_found, v, lb_sess_cancel_fd(v->t->s), err);
+    lb_chain_close(chain);
+    return rc;
+}
+
 static json_t *verify_one(struct verification *v, const struct lb_ckpt_entry *e, json_t *all)
 {
     json_t *o = json_object(), *p;
@@ -297,8 +309,10 @@ static json_t *verify_one(struct verification *v, const struct lb_ckpt_entry *e,
     size_t i;
 
     v->problems = json_array();
-    if (lb_ckpt_verify_watched(e->path, v->t->key, v->t->r->deep, on_found, on_tick, v, &err) &&
-        !json_array_size(v->problems))
+    int rc = lb_ckpt_verify_watched(e->path, v->t->key, v->t->r->deep, on_found, on_tick, v, &err);
+    if (!rc && v->t->r->deep && e->depth > 1)
+        rc = verify_chain(v, e, &err);
+    if (rc && !json_array_size(v->problems))
         json_array_append_new(v->problems, lb_json_text(err.message));
     if (!e->depth)
         json_array_append_new(v->problems, json_sprintf("%s: a parent of it is missing", e->ref));

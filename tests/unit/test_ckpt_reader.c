@@ -852,6 +852,43 @@ static void wrong_hash(void **state)
         "web@1: part 0 (pages 0-3 of pc.ram) is damaged: a page is not what its hash says");
 }
 
+/* The same for a difference: only with its parent. */
+static void wrong_difference(void **state)
+{
+    (void)state;
+    LB_AUTO_FREE char *parent = lb_asprintf("%s/parent.lbc", g_dir);
+    LB_AUTO_FREE char *child = lb_asprintf("%s/child.lbc", g_dir);
+    const char *paths[] = {child, parent};
+    static uint8_t content[2 * PAGE];
+    struct heard h = {0};
+    struct lb_error err = LB_ERROR_INIT;
+    struct lb_chain *c;
+    struct mk m;
+
+    memset(content, 1, sizeof(content));
+    small_file(&m, 1, 0);
+    mk_run(&m, 0, MK_WHOLE, 8, 2, 1, 0, content);
+    small_finish(&m, parent);
+    for (uint8_t good = 0; good < 2; good++) {
+        memset(content, good ? 1 ^ 2 : 4, sizeof(content)); /* what the child stores is all 2 */
+        small_file(&m, 2, 1);
+        mk_run(&m, 0, MK_XOR, 9, 1, 1, 1, content);
+        small_finish(&m, child);
+        assert_int_equal(lb_ckpt_verify(child, NULL, true, none_found, NULL, NULL), 0);
+        assert_int_equal(lb_chain_open(paths, 2, NULL, &c, NULL), 0);
+        assert_int_equal(lb_chain_verify(c, hear, &h, -1, &err), good ? 0 : -1);
+        lb_chain_close(c);
+    }
+    assert_int_equal(h.n, 1);
+    assert_string_equal(h.text[0], "web@2: page 9 of pc.ram is not what its hash says");
+    assert_string_equal(err.message, h.text[0]);
+    for (unsigned e = 0; e < 2; e++) {
+        c = open_chain(&g_models[e], FILES - 1);
+        assert_int_equal(lb_chain_verify(c, none_found, NULL, -1, NULL), 0);
+        lb_chain_close(c);
+    }
+}
+
 /* ---------------------------------------------------------------- main */
 
 static int set_up(void **state)
@@ -904,6 +941,7 @@ int main(void)
         cmocka_unit_test(strangers),
         cmocka_unit_test(different_blocks),
         cmocka_unit_test(wrong_hash),
+        cmocka_unit_test(wrong_difference),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
