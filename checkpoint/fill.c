@@ -580,7 +580,7 @@ static int make_run(struct lb_fill *f, struct lb_error *err)
 static int refill(struct lb_fill *f, const struct lb_ckpt_entry *ck, struct lb_error *err)
 {
     f->id = ck->info.id;
-    if (ck->info.meta.suspend)
+    if (ck->info.meta.suspend && !strcmp(ck->vm, f->entry.name)) /* another VM's is only read */
         f->remove_path = lb_strdup(ck->path);
     f->decided = true;
     if (lb_mem_init(&f->mem, f->vm, f->chain, true, err) || lb_fill_start(f, err) || make_run(f, err)) {
