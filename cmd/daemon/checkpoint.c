@@ -100,10 +100,10 @@ int lb_ckpt_refuse(struct daemon *d, const struct lb_vm_entry *e, struct lb_erro
 
     if (is(s, "checkpoint") || is(s, "scheduled") || e->state == LB_VM_CHECKPOINTING)
         return refuse_taken(e->name, err);
+    if (e->state == LB_VM_FILLING)
+        return refuse_filled(e->name, e->checkpoint, err);
     if (is(s, "restore") || e->state == LB_VM_RESTORING)
         return refuse_restored(e->name, err);
-    if (is(s, "fill") || e->state == LB_VM_FILLING)
-        return refuse_filled(e->name, e->checkpoint, err);
     if (is(s, "catalog")) {
         lb_fail(err, LB_E_STATE, "images of VM %s are being joined", e->name);
         return lb_remedy(err, "wait until it is done, or `lifeboat cancel %s`", e->name);
@@ -131,7 +131,7 @@ int lb_ckpt_takeable(struct daemon *d, const struct lb_vm_entry *e, const char *
         return lb_remedy(err, "wait, or `lifeboat cancel %s`", e->name);
     }
     /* One that has just come in may go on at once: the session waits for its lock. */
-    if ((s && !is(s, "in")) || (e->state != LB_VM_RUNNING && !is(s, "in"))) {
+    if (lb_session_blocks(s, e) || (e->state != LB_VM_RUNNING && !is(s, "in"))) {
         lb_fail(err, LB_E_STATE, "VM %s is %s%s", e->name, lb_vm_state_name(e->state),
                 is(s, "recover") ? " and being recovered" : "");
         return lb_remedy(err, "wait, or `lifeboat recover %s`", e->name);

@@ -183,6 +183,9 @@ struct session *lb_session_spawn_for(struct daemon *d, const char *role, const c
 /* The session at work on it; one that has said its result is as good as gone (its lock goes
  * with its process: lb_vm_lock_patiently). */
 struct session *lb_session_of_vm(struct daemon *d, const char *vm);
+/* Does it keep the VM from anything new? One that brings it in, or has just filled it, is about to end: whoever
+ * comes next waits for the lock. NULL does not. */
+bool lb_session_blocks(const struct session *s, const struct lb_vm_entry *e);
 struct session *lb_session_wanting(struct daemon *d, const uint8_t id[LB_SESSION_ID_BYTES]);
 int lb_session_order_cancel(struct session *s, struct lb_error *err);
 int lb_session_order_failover(struct session *s, bool force, struct lb_error *err);

@@ -46,7 +46,7 @@ static int take(struct daemon *d, const char *name, struct lb_vm_entry *e, struc
         return -1;
     /* Waiting helps against a query, or a session that is about to end, not against long work. */
     struct session *s = lb_session_of_vm(d, name);
-    bool longer = s && strcmp(s->role, "recover") && strcmp(s->role, "in");
+    bool longer = lb_session_blocks(s, e) && strcmp(s->role, "recover");
     int lock = lb_vm_lock_patiently(d->opt.state_dir, name, longer ? 0 : LOCK_WAIT_MS, err);
     if (lock >= 0 && lb_vm_entry_load(d->opt.state_dir, name, e, err)) {
         /* removed while we waited: the lock made its directory anew */
@@ -347,14 +347,23 @@ static void drop_suspend(struct daemon *d, const struct lb_vm_entry *e)
     lb_ckpt_host_close(&h);
 }
 
-/* Its session has the lock and goes when the VM has gone. */
+/* Its session has the lock and goes when the VM has gone; one that does not see it is ended: it has nothing left
+ * to do. */
 static char *stop_filling(struct daemon *d, const struct lb_vm_entry *before, struct lb_error *err)
 {
+    struct session *s = lb_session_of_vm(d, before->name);
+    struct lb_proc_id filler = {0};
     struct lb_vm_entry e;
 
+    if (s)
+        lb_proc_identify(s->pid, &filler, NULL);
     if (lb_proc_kill(&before->proc, 10000, err))
         return NULL;
-    LB_AUTO_FD int lock = lb_vm_lock_patiently(d->opt.state_dir, before->name, RECOVER_LOCK_WAIT_MS, err);
+    LB_AUTO_FD int lock = lb_vm_lock_patiently(d->opt.state_dir, before->name, LOCK_WAIT_MS, NULL);
+    if (lock < 0 && filler.pid && lb_proc_kill(&filler, 10000, err))
+        return NULL;
+    if (lock < 0)
+        lock = lb_vm_lock_patiently(d->opt.state_dir, before->name, RECOVER_LOCK_WAIT_MS, err);
     if (lock < 0)
         return NULL;
     if (!lb_vm_entry_load(d->opt.state_dir, before->name, &e, NULL) && e.proc.pid == before->proc.pid &&

@@ -634,7 +634,7 @@ static int check_protectable(struct daemon *d, const char *name, struct lb_error
         return lb_remedy(err, "`lifeboat release %s` forgets it", name);
     }
     /* One that has just come in may be protected at once: the session waits for its lock. */
-    if ((s && !is(s, "in")) || (e.state != LB_VM_RUNNING && !is(s, "in"))) {
+    if (lb_session_blocks(s, &e) || (e.state != LB_VM_RUNNING && !is(s, "in"))) {
         lb_fail(err, LB_E_STATE, "VM %s is %s%s", name, lb_vm_state_name(e.state),
                 is(s, "recover") ? " and being recovered" : "");
         return lb_remedy(err, "wait, or `lifeboat recover %s`", name);

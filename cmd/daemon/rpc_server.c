@@ -296,7 +296,7 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
         lb_fail(&err, LB_E_STATE, "VM %s is already being migrated to host %s", r->name, s->peer);
         lb_remedy(&err, "`lifeboat status %s` shows how far it is, `lifeboat cancel %s` stops it",
                   r->name, r->name);
-    } else if ((s && strcmp(s->role, "in")) || e.state == LB_VM_MIGRATING_OUT ||
+    } else if (lb_session_blocks(s, &e) || e.state == LB_VM_MIGRATING_OUT ||
                e.state == LB_VM_HANDED_OVER || (!s && e.state == LB_VM_INCOMING)) {
         /* One that has just come in may go on at once: the session waits for its lock. */
         lb_fail(&err, LB_E_STATE, "VM %s is %s%s", r->name, lb_vm_state_name(e.state),

@@ -156,6 +156,11 @@ struct session *lb_session_of_vm(struct daemon *d, const char *vm)
     return NULL;
 }
 
+bool lb_session_blocks(const struct session *s, const struct lb_vm_entry *e)
+{
+    return s && strcmp(s->role, "in") && (strcmp(s->role, "fill") || e->state != LB_VM_RUNNING);
+}
+
 struct session *lb_session_wanting(struct daemon *d, const uint8_t id[LB_SESSION_ID_BYTES])
 {
     struct session *s;
