@@ -358,13 +358,23 @@ void lb_batch_event(struct session *s, const char *kind, const json_t *o, const 
     lb_batch_step(s->d);
 }
 
+/* Is the result's word true? */
+static bool result_says(const struct session *s, const char *word)
+{
+    json_t *o = s->result ? json_loads(s->result, 0, NULL) : NULL;
+    bool yes = json_is_true(json_object_get(o, word));
+
+    json_decref(o);
+    return yes;
+}
+
 void lb_batch_ended(struct session *s)
 {
     struct item *it = item_of(s);
     bool good = !s->error.code;
 
     /* Whoever suspends or resumes a VM by hand, does both by hand. */
-    if (good && ((!strcmp(s->role, "checkpoint") && !it) || !strcmp(s->role, "restore")))
+    if (good && (result_says(s, "resumed") || (result_says(s, "suspend") && !it)))
         list_remove(s->d, s->vm);
     if (it && good)
         item_done(s->d, it, s->result);

@@ -137,7 +137,7 @@ def part_all(port):
     t.equal((port.entry("by-hand"), os.path.exists(os.path.join(d.state, "vms", "by-hand"))), ({}, False), "by force it is")
     history = [(line["vm"], line["direction"], line["ok"]) for line in d.json("history")["history"]]
     t.equal([h for h in history if h[0] == "by-hand"], [("by-hand", "suspend", True)], "history has the suspend")
-    t.ok((NAME, "resume", True) in history and (NAME, "resume", False) in history, "and resumes, good and bad", history)
+    t.ok((NAME, "resume", True) in history, "and the resume", history)
 
 
 def part_end(port):
