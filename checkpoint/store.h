@@ -163,7 +163,7 @@ typedef int lb_chain_pages_fn(unsigned block, uint64_t first, uint64_t count, co
                               struct lb_error *err);
 /* The page (which must be populated), in the first call, and others that are in the same chunk and current in this
  * checkpoint: all that take no other chunk than the page does or is at hand, and under its own name or next to the
- * page. Every chunk is checked before a byte of it is used; LB_E_PROTO "…: chunk N is damaged (VM, block, pages F-L)".
+ * page. Every chunk is checked before a byte of it is used; LB_E_PROTO "VM@7: part N (pages F-L of BLOCK) is damaged: WHY".
  * Any thread, several at once. */
 int lb_chain_read(struct lb_chain *c, unsigned block, uint64_t page, lb_chain_pages_fn *fn, void *arg,
                   struct lb_error *err);
