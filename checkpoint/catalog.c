@@ -15,6 +15,8 @@
 #include <inttypes.h>
 #include <string.h>
 
+enum { CHAIN_TRIES = 4, CHAIN_TRY_MS = 5 };
+
 /* The ids in a file's header: enough to follow a chain, and the same whatever key there is. */
 struct ids {
     struct lb_ckpt_id id, parent;
@@ -322,19 +324,25 @@ static int chain_paths(const struct lb_ckpt_entry *e, char ***paths, unsigned *n
     return 0;
 }
 
-static bool same_paths(char *const *a, char *const *b)
+static int open_chain(const struct lb_ckpt_entry *e, const struct lb_ckpt_key *key, struct lb_chain **out,
+                      struct lb_error *err)
 {
-    while (*a && *b && !strcmp(*a, *b))
-        a++, b++;
-    return !*a && !*b;
+    char **paths;
+    unsigned n;
+
+    if (chain_paths(e, &paths, &n, err))
+        return -1;
+    int rc = lb_chain_open((const char *const *)paths, n, key, out, err);
+    lb_strv_free(paths);
+    return rc;
 }
 
-/* A removal may replace and remove files while we look for them and open them: then the chain is another one now. */
+/* A removal may replace and remove files of the chain between our looking for them and opening them.  Then it is
+ * another chain a moment later; a chain that is really broken is broken each time. */
 int lb_catalog_open(const char *dir, const struct lb_ckpt_entry *e, const struct lb_ckpt_key *key,
                     struct lb_chain **out, struct lb_error *err)
 {
-    char **paths, **now;
-    unsigned n, n_now;
+    struct lb_error why = LB_ERROR_INIT;
 
     (void)dir; /* a chain is in one folder, which e->path names */
     if (no_id(&e->info.id)) { /* nothing could be read of it */
@@ -342,25 +350,16 @@ int lb_catalog_open(const char *dir, const struct lb_ckpt_entry *e, const struct
             *err = e->error;
         return -1;
     }
-    if (chain_paths(e, &paths, &n, err))
-        return -1;
-    for (;;) {
-        struct lb_error why = LB_ERROR_INIT;
-        int rc = lb_chain_open((const char *const *)paths, n, key, out, &why);
-        bool again = rc && chain_paths(e, &now, &n_now, NULL) == 0;
-        if (again && same_paths(paths, now)) {
-            lb_strv_free(now);
-            again = false;
-        }
-        lb_strv_free(paths);
-        if (!again) {
-            if (rc && err)
-                *err = why;
-            return rc;
-        }
-        paths = now;
-        n = n_now;
+    for (unsigned i = 0; i < CHAIN_TRIES; i++) {
+        if (open_chain(e, key, out, &why) == 0)
+            return 0;
+        if (why.code == LB_E_AUTH)
+            break;
+        lb_sleep_ms(CHAIN_TRY_MS);
     }
+    if (err)
+        *err = why;
+    return -1;
 }
 
 /* ------------------------------------------------------------------------- find */
@@ -477,13 +476,18 @@ static int find_number(const char *dir, const char *vm, const char *what, const 
     return find_label(dir, vm, what, key, number, err);
 }
 
+/* As patient as lb_catalog_open. */
 static void set_depth(struct lb_ckpt_entry *e)
 {
     char **paths;
 
     e->depth = 0;
-    if (!no_id(&e->info.id) && !chain_paths(e, &paths, &e->depth, NULL))
-        lb_strv_free(paths);
+    for (unsigned i = 0; !e->depth && i < CHAIN_TRIES && !no_id(&e->info.id); i++) {
+        if (i)
+            lb_sleep_ms(CHAIN_TRY_MS);
+        if (!chain_paths(e, &paths, &e->depth, NULL))
+            lb_strv_free(paths);
+    }
 }
 
 static int find_in_catalog(const char *dir, const char *vm, uint32_t number, const struct lb_ckpt_key *key,

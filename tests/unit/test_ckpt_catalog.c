@@ -391,6 +391,63 @@ static void test_reader_goes_on(void **s)
     holds(dir, "web@4", NULL, &m[3]);
 }
 
+/* In a child: says what is wrong, instead of failing a test of the parent. */
+static int read_latest(const struct machine *want, struct lb_error *err)
+{
+    struct seen seen = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    struct lb_chain_read_all all = {.threads = 1, .fn = see_pages, .arg = &seen, .cancel_fd = -1};
+    struct lb_ckpt_entry e;
+    struct lb_chain *c;
+    if (lb_catalog_find(dir, "web", NULL, &e, err))
+        return -1;
+    int rc = lb_catalog_open(dir, &e, NULL, &c, err);
+    lb_ckpt_entry_free(&e);
+    if (rc)
+        return -1;
+    rc = lb_chain_read_all(c, &all, err);
+    lb_chain_close(c);
+    return rc || !memcmp(&seen.m, want, sizeof(*want)) ? rc : lb_fail(err, LB_E_INTERNAL, "it is another one");
+}
+
+static int read_until(int cancel_fd, const struct machine *want)
+{
+    unsigned times = 0;
+    struct lb_error err = LB_ERROR_INIT;
+    while (!lb_cancelled(cancel_fd)) { /* until the other end is closed */
+        if (read_latest(want, &err)) {
+            fprintf(stderr, "# reader: %s\n", err.message);
+            return 1;
+        }
+        times++;
+    }
+    return times > 2 ? 0 : 2;
+}
+
+/* Who looks for a checkpoint and opens it while those below it go finds it whole each time. */
+static void test_reader_beside_removal(void **s)
+{
+    (void)s;
+    enum { N = 12 };
+    struct machine m[N];
+    struct lb_prune_result res;
+    int ends[2], status;
+    LB_AUTO_FD int held = lock("web");
+    make_chain("web", m, N, NULL);
+    assert_int_equal(pipe(ends), 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        close(ends[1]);
+        _exit(read_until(ends[0], &m[N - 1]));
+    }
+    close(ends[0]);
+    for (uint32_t i = 1; i < N; i++)
+        OK(rm(&i, 1, NULL, &res, err));
+    close(ends[1]);
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_int_equal(status, 0);
+    holds(dir, "web@12", NULL, &m[N - 1]);
+}
+
 struct told {
     uint64_t done, total;
     unsigned times;
@@ -647,7 +704,8 @@ int main(void)
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
         T(test_numbers), T(test_lock), T(test_list), T(test_find), T(test_latest_and_prunable), T(test_remove_sets),
-        T(test_remove_sets_encrypted), T(test_remove_refusals), T(test_reader_goes_on), T(test_progress_and_cancel),
+        T(test_remove_sets_encrypted), T(test_remove_refusals), T(test_reader_goes_on), T(test_reader_beside_removal),
+        T(test_progress_and_cancel),
         T(test_death_at_every_length), T(test_death_at_points), T(test_disks_json), T(test_qcow2_head),
     };
     lb_log_set_level(LB_LOG_ERROR);
