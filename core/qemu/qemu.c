@@ -162,7 +162,11 @@ int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err)
 {
     json_t *ret = NULL;
     lb_qmp_on_event(vm->qmp, on_event, vm);
-    if (lb_qmp_cmd(vm->qmp, "query-version", NULL, &ret, err) < 0)
+    /* all questions before the first answer */
+    if (lb_qmp_send(vm->qmp, "query-version", NULL, -1, NULL, err) < 0 ||
+        lb_qmp_send(vm->qmp, "qom-get", "{\"path\":\"/machine\",\"property\":\"type\"}", -1, NULL, err) < 0 ||
+        lb_qmp_send(vm->qmp, "query-status", NULL, -1, NULL, err) < 0 ||
+        lb_qmp_wait(vm->qmp, "query-version", LB_QMP_MS, &ret, err) < 0)
         return -1;
     json_t *v = json_object_get(ret, "qemu");
     const char *key[3] = {"major", "minor", "micro"};
@@ -170,8 +174,7 @@ int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err)
         vm->version[i] = (int)json_integer_value(json_object_get(v, key[i]));
     json_decref(ret);
 
-    if (lb_qmp_cmd(vm->qmp, "qom-get", "{\"path\":\"/machine\",\"property\":\"type\"}", &ret,
-                   err) < 0)
+    if (lb_qmp_wait(vm->qmp, "qom-get", LB_QMP_MS, &ret, err) < 0)
         return -1;
     const char *type = json_string_value(ret);
     size_t n = type ? strlen(type) : 0;
@@ -181,7 +184,7 @@ int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err)
     if (!vm->machine)
         return lb_fail(err, LB_E_UNSUPPORTED, "cannot find out the machine type of QEMU");
 
-    if (lb_qmp_cmd(vm->qmp, "query-status", NULL, &ret, err) < 0)
+    if (lb_qmp_wait(vm->qmp, "query-status", LB_QMP_MS, &ret, err) < 0)
         return -1;
     vm->base.state = json_is_true(json_object_get(ret, "running")) ? LB_HV_RUNNING : LB_HV_STOPPED;
     json_decref(ret);

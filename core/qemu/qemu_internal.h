@@ -62,6 +62,8 @@ int lb_qmp_cmd(struct lb_qmp *q, const char *cmd, const char *args, json_t **ret
                struct lb_error *err);
 /* A line of the human monitor; *text is malloc'ed. */
 int lb_qmp_hmp(struct lb_qmp *q, const char *line, char **text, struct lb_error *err);
+int lb_qmp_send_hmp(struct lb_qmp *q, const char *line, struct lb_error *err);
+int lb_qmp_wait_hmp(struct lb_qmp *q, const char *line, char **text, struct lb_error *err);
 /* Wait for a MIGRATION event that says "completed" or "failed" (copied to status). */
 int lb_qmp_wait_migration(struct lb_qmp *q, unsigned timeout_ms, char status[32],
                           struct lb_error *err);

@@ -36,6 +36,7 @@
 #define RX_MAX (64u << 20)
 /* A monitor that somebody else uses accepts us and stays silent. */
 #define GREETING_MS 500
+#define HMP "human-monitor-command"
 
 struct lb_qmp {
     int fd;
@@ -331,16 +332,26 @@ int lb_qmp_cmd(struct lb_qmp *q, const char *cmd, const char *args, json_t **ret
     return lb_qmp_wait(q, cmd, LB_QMP_MS, ret, err);
 }
 
-int lb_qmp_hmp(struct lb_qmp *q, const char *line, char **text, struct lb_error *err)
+int lb_qmp_send_hmp(struct lb_qmp *q, const char *line, struct lb_error *err)
+{
+    LB_AUTO_FREE char *args = lb_asprintf("{\"command-line\":\"%s\"}", line);
+    return lb_qmp_send(q, HMP, args, -1, NULL, err);
+}
+
+int lb_qmp_wait_hmp(struct lb_qmp *q, const char *line, char **text, struct lb_error *err)
 {
     json_t *ret = NULL;
-    LB_AUTO_FREE char *args = lb_asprintf("{\"command-line\":\"%s\"}", line);
-    if (lb_qmp_cmd(q, "human-monitor-command", args, &ret, err) < 0)
+    if (lb_qmp_wait(q, HMP, LB_QMP_MS, &ret, err) < 0)
         return -1;
     const char *s = json_string_value(ret);
     *text = s ? lb_strdup(s) : NULL;
     json_decref(ret);
     return *text ? 0 : lb_fail(err, LB_E_HV, "QEMU answered '%s' with something strange", line);
+}
+
+int lb_qmp_hmp(struct lb_qmp *q, const char *line, char **text, struct lb_error *err)
+{
+    return lb_qmp_send_hmp(q, line, err) < 0 ? -1 : lb_qmp_wait_hmp(q, line, text, err);
 }
 
 void lb_qmp_clear_migration(struct lb_qmp *q)
@@ -439,7 +450,7 @@ int lb_qmp_open(const char *path, pid_t expect_pid, int pidfd, uint64_t retry_un
             return -1;
         }
         struct pollfd p = {.fd = pidfd, .events = POLLIN};
-        poll(&p, 1, 2);
+        poll(&p, 1, 1);
     }
     struct lb_qmp *q = lb_alloc(sizeof(*q));
     q->fd = fd;

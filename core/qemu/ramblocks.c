@@ -119,14 +119,22 @@ static int parse_line(const char *line, struct lb_qemu_block *b)
     return 0;
 }
 
-static int list_blocks(struct lb_hv_vm *vm, struct lb_error *err)
+/* And *mtree: what locate_mapped reads; NULL of a QEMU that prints addresses. */
+static int list_blocks(struct lb_hv_vm *vm, char **mtree, struct lb_error *err)
 {
     LB_AUTO_FREE char *text = NULL;
-    if (lb_qmp_hmp(vm->qmp, "info ramblock", &text, err) < 0)
-        return -1;
     json_t *memdevs = NULL;
-    if (lb_qmp_cmd(vm->qmp, "query-memdev", NULL, &memdevs, err) < 0)
+    bool ask = vm->version[0] < 8;
+    /* all questions before the first answer */
+    if (lb_qmp_send_hmp(vm->qmp, "info ramblock", err) < 0 ||
+        lb_qmp_send(vm->qmp, "query-memdev", NULL, -1, NULL, err) < 0 ||
+        (ask && lb_qmp_send_hmp(vm->qmp, "info mtree -f", err) < 0) ||
+        lb_qmp_wait_hmp(vm->qmp, "info ramblock", &text, err) < 0 ||
+        lb_qmp_wait(vm->qmp, "query-memdev", LB_QMP_MS, &memdevs, err) < 0 ||
+        (ask && lb_qmp_wait_hmp(vm->qmp, "info mtree -f", mtree, err) < 0)) {
+        json_decref(memdevs);
         return -1;
+    }
     unsigned cap = 0;
     for (char *line = text, *next; line && *line; line = next) {
         next = strchr(line, '\n');
@@ -182,11 +190,8 @@ static int gpa2hva(struct lb_hv_vm *vm, uint64_t gpa, const char *region, uint64
 }
 
 /*   0000000000100000-0000000003ffffff (prio 0, ram): pc.ram @0000000000100000 [KVM]  */
-static int locate_mapped(struct lb_hv_vm *vm, struct lb_error *err)
+static void locate_mapped(struct lb_hv_vm *vm, char *text)
 {
-    LB_AUTO_FREE char *text = NULL;
-    if (lb_qmp_hmp(vm->qmp, "info mtree -f", &text, err) < 0)
-        return -1;
     bool memory = false; /* inside the view of address space "memory" */
     for (char *line = text, *next; line && *line; line = next) {
         next = strchr(line, '\n');
@@ -211,7 +216,6 @@ static int locate_mapped(struct lb_hv_vm *vm, struct lb_error *err)
         if (gpa2hva(vm, gpa, region, &hva) == 0)
             b->pub.hva = hva - off;
     }
-    return 0;
 }
 
 static void locate_by_size(struct lb_hv_vm *vm, const struct maps *m)
@@ -350,13 +354,16 @@ static int made(struct lb_hv_vm *vm, int rc)
 
 static int find(struct lb_hv_vm *vm, struct maps *m, struct lb_error *err)
 {
-    if (list_blocks(vm, err) < 0)
+    LB_AUTO_FREE char *mtree = NULL;
+    if (list_blocks(vm, &mtree, err) < 0)
         return -1;
     bool all = true;
     for (unsigned i = 0; i < vm->n_blocks; i++)
         all &= vm->blocks[i].pub.hva != 0;
-    if (!all && locate_mapped(vm, err) < 0)
+    if (!all && !mtree && lb_qmp_hmp(vm->qmp, "info mtree -f", &mtree, err) < 0)
         return -1;
+    if (!all)
+        locate_mapped(vm, mtree);
     if (read_maps(vm->proc.pid, m, err) < 0)
         return -1;
     if (!all)
