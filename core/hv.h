@@ -145,7 +145,8 @@ struct lb_nic {
 };
 /* One writable disk as the guest has it. */
 struct lb_hv_disk {
-    char id[256];          /* what disk_mirror takes: QEMU's node or device name; stable while the VM lives */
+    char id[256];          /* what disk_mirror takes: QEMU's drive, else its device; stable while the VM lives, and the
+                              same in a receiver, whatever becomes of its image and nodes */
     char path[512];        /* file under it, "" when it is none */
     char format[32];       /* "raw", "qcow2", ... */
     uint64_t size_bytes;   /* as the guest sees it */
@@ -251,7 +252,7 @@ struct lb_hv_ops {
     void (*disk_overlay_drop)(struct lb_hv_vm *vm);
     /* Join two images of a disk's chain, guest running or stopped: what is in `top` goes into its backing file
      * `base`, then whoever stood on top stands on base. Blocks (progress by `tick`, -1 cancels: the chain stays as
-     * it is and valid). The file `top` is left to the caller. */
+     * it is and valid, but `base` keeps no moment from the beginning on). The file `top` is left to the caller. */
     int (*disk_join)(struct lb_hv_vm *vm, const char *id, const char *top, const char *base,
                      int (*tick)(uint64_t done, uint64_t total, void *arg), void *arg,
                      struct lb_error *err);

@@ -183,24 +183,6 @@ static int make_durable(const char *path, struct lb_error *err)
     return 0;
 }
 
-char *lb_qemu_overlay_name(const char *image)
-{
-    const char *suffix = strstr(image, ".lb-"), *end;
-    while (suffix && (end = strstr(suffix + 1, ".lb-")))
-        suffix = end; /* the last one */
-    unsigned number = 0;
-    int len = 0;
-    bool ours = suffix && sscanf(suffix, ".lb-%u.qcow2%n", &number, &len) == 1 && len > 0 && !suffix[len];
-    int stem = (int)(ours ? (size_t)(suffix - image) : strlen(image));
-    for (unsigned n = 1;; n++) {
-        char *path = lb_asprintf("%.*s.lb-%u.qcow2", stem, image, n);
-        struct stat st;
-        if (lstat(path, &st) < 0 && errno == ENOENT)
-            return path;
-        free(path);
-    }
-}
-
 /* What the overlay's header says. A name with a colon would be taken for a protocol. */
 static char *backing_name(const char *overlay, const char *base)
 {

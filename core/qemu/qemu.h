@@ -26,8 +26,4 @@ int lb_qemu_receiver_argv(const struct lb_vm_desc *desc, const struct lb_launch_
  * missing ends it: LB_E_NOT_FOUND names it (the image itself included). */
 int lb_qemu_image_chain(const char *image, char ***files, struct lb_error *err);
 
-/* A free name for an overlay of an image: in its directory, STEM.lb-N.qcow2 (N from 1), where STEM is its
- * name without the suffix .lb-N.qcow2 of an earlier one. malloc'ed. The image need not be there. */
-char *lb_qemu_overlay_name(const char *image);
-
 #endif

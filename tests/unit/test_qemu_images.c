@@ -273,28 +273,11 @@ static void test_chain(void **state)
     lb_remove_tree(dir, NULL);
 }
 
-static void test_overlay_name(void **state)
-{
-    (void)state;
-    LB_AUTO_FREE char *first = lb_qemu_overlay_name("/nowhere/a.img");
-    LB_AUTO_FREE char *next = lb_qemu_overlay_name("/nowhere/x.lb-3/a.img.lb-7.qcow2");
-    LB_AUTO_FREE char *free_one = NULL;
-    strcpy(dir, "/tmp/lbi.XXXXXX");
-    assert_string_equal(first, "/nowhere/a.img.lb-1.qcow2");
-    assert_string_equal(next, "/nowhere/x.lb-3/a.img.lb-1.qcow2");
-    assert_non_null(mkdtemp(dir));
-    put_image("a.lb-1.qcow2", "a", "raw");
-    LB_AUTO_FREE char *taken = in_dir("a.lb-1.qcow2"), *want = in_dir("a.lb-2.qcow2");
-    free_one = lb_qemu_overlay_name(taken);
-    assert_string_equal(free_one, want);
-    lb_remove_tree(dir, NULL);
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_overlay), cmocka_unit_test(test_joined),  cmocka_unit_test(test_mapping),
-        cmocka_unit_test(test_another), cmocka_unit_test(test_chain), cmocka_unit_test(test_overlay_name),
+        cmocka_unit_test(test_another), cmocka_unit_test(test_chain),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
