@@ -311,10 +311,10 @@ static void *filler_main(void *arg)
                                     .dont_cache = true};
     struct lb_error why = LB_ERROR_INIT;
 
+    be_modest(); /* also before: the hypervisor that loads is more urgent than what the guest may need */
     fill_hot(f);
     if (!wait_go(f))
         return NULL;
-    be_modest();
     if (lb_chain_read_all(f->chain, &all, &why) && !atomic_load(&f->quit))
         lb_log_error(LB_LOG_WARN, &why); /* page by page, then */
     while (fill_rest(f) && !atomic_load(&f->quit))
