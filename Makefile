@@ -133,7 +133,7 @@ check-fuzz: $(O)/liblifeboat.a
 check-san:
 	$(Q)$(MAKE) --no-print-directory SAN=$(or $(SAN),address$(comma)undefined) CFLAGS="-O1 -g" check-san-run
 check-san-run: unit integration $(VECTORS)
-	$(Q)$(PROVE) $(UNIT_BIN) $(O)/tests/integration/test_migrate_fake
+	$(Q)$(PROVE) $(UNIT_BIN) $(addprefix $(O)/tests/integration/,test_migrate_fake test_ckpt_fake test_ckpt_restore_fake)
 
 demo: deps-demo
 	$(Q)$(MAKE) --no-print-directory demo-run

@@ -278,7 +278,7 @@ static int decide(struct lb_restore *r, struct lb_error *err)
     if (save_entry(r, err))
         return -1; /* the file may say so all the same: undo writes it again, whatever it says */
     if (r->fill)
-        r->fill->entry = r->entry;
+        r->fill->entry.state = r->entry.state; /* nothing else: its threads read who it is */
     lb_point("restore-decided");
     return 0;
 }
