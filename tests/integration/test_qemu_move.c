@@ -409,6 +409,10 @@ static void test_command_line(void **state)
     }
     assert_int_equal(s, 1);
     lb_strv_free(out);
+    taps[0].to = (char *)""; /* connected to nothing: still a tap */
+    OK(lb_qemu_receiver_argv(&d, &o, &out, err));
+    assert_string_equal(after(out, "-netdev"), "tap,id=n,script=no,downscript=no");
+    lb_strv_free(out);
 }
 
 int main(void)
