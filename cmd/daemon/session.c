@@ -99,7 +99,7 @@ static int send_text(int fd, char *json)
     return send_event(fd, &e);
 }
 
-/* mu held. The first event that is to be sent. */
+/* mu held. The first event that is to be sent: that the guest runs before how its memory comes. */
 static struct event_slot *due_slot(struct sess *s)
 {
     struct event_slot *const order[] = {&s->preflight, &s->running, &s->progress, &s->protect};
