@@ -114,6 +114,8 @@ void lb_take_free_pages(struct lb_take *t);
 /* ---- take_disk.c */
 /* Overlays of all disks, made ready; in the record. */
 int lb_take_overlays(struct lb_take *t, struct lb_error *err);
+/* Is a file where an overlay of this number would be? */
+bool lb_take_overlay_exists(const struct lb_take *t);
 
 /* ---- take.c */
 int lb_take_pause(struct lb_take *t, struct lb_error *err);    /* notices a guest its operator has continued */

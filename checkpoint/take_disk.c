@@ -198,6 +198,16 @@ static int overlay_path(char out[512], const char *image, const char *vm, uint32
     return 0;
 }
 
+bool lb_take_overlay_exists(const struct lb_take *t)
+{
+    char path[512];
+
+    for (unsigned i = 0; i < t->n_disks; i++)
+        if (!overlay_path(path, t->disks[i].path, t->entry.name, t->record.number, NULL) && !access(path, F_OK))
+            return true;
+    return false;
+}
+
 static int check_disk(const struct lb_hv_disk *d, struct lb_error *err)
 {
     if (!d->path[0])
@@ -221,10 +231,6 @@ static int prepare(struct lb_take *t, struct lb_error *err)
             return -1;
         snprintf(d->id, sizeof(d->id), "%s", from->id);
         snprintf(d->base, sizeof(d->base), "%s", from->path);
-        if (!access(d->overlay, F_OK)) { /* nobody's of us: the number was never used */
-            lb_fail(err, LB_E_EXISTS, "%s is in the way of an overlay", d->overlay);
-            return lb_remedy(err, "move it away");
-        }
         r->n_disks++;
     }
     if (lb_take_record_save(t->env->state_dir, t->entry.name, r, err))

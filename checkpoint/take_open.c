@@ -163,8 +163,11 @@ static int choose_path(struct lb_take *t, struct lb_error *err)
     const char *dir = t->env->catalog_dir, *vm = t->entry.name;
 
     if (!t->opts->suspend) {
-        if (lb_catalog_next(dir, vm, &t->record.number, t->path, err))
-            return -1;
+        /* A catalog that was emptied counts from 1 again, and images of before may be in use. */
+        do {
+            if (lb_catalog_next(dir, vm, &t->record.number, t->path, err))
+                return -1;
+        } while (!t->opts->no_disk && lb_take_overlay_exists(t));
         snprintf(t->res->ref, sizeof(t->res->ref), "%s@%" PRIu32, vm, t->record.number);
     } else {
         LB_AUTO_FREE char *path = lb_catalog_suspend_path(dir, vm);
