@@ -1,8 +1,8 @@
 /*
  * cmd/cli/checkpoint.c - lifeboat checkpoint NAME, and ls, show, verify, rm, prune, export, import.
  *
- * The first argument that is no option says which: a word of the table below, else the name of a VM
- * (`checkpoint take NAME` for one that is called like a word).
+ * The first argument says which: a word of the table below, else the name of a VM (`checkpoint take NAME` for one
+ * that is called like a word).
  */
 #include "cmd/cli/keys.h"
 
@@ -151,17 +151,8 @@ static void show_taken(const json_t *o)
 
 static void show_schedule(const json_t *o)
 {
-    char every[32], last[32], next[32];
-
-    if (lb_jnum(o, "every_ms") <= 0) {
-        printf("VM %s: no checkpoints by schedule\n", lb_jstr(o, "vm"));
-        return;
-    }
-    printf("VM %s: a checkpoint every %s, the latest %lld are kept; last %s, next %s\n", lb_jstr(o, "vm"),
-           lb_span(every, sizeof(every), lb_jnum(o, "every_ms")), (long long)lb_jint(o, "keep"),
-           lb_jnum(o, "last_ms") > 0 ? lb_when(last, lb_jnum(o, "last_ms")) : "never", lb_when(next, lb_jnum(o, "next_ms")));
-    if (lb_jint(o, "failures"))
-        printf("  %lld failures since: %s\n", (long long)lb_jint(o, "failures"), lb_jstr(o, "error"));
+    printf("VM %s: ", lb_jstr(o, "vm"));
+    lb_print_schedule(o);
 }
 
 static int schedule(struct args *a)
@@ -346,14 +337,16 @@ static int show(struct args *a, const struct word *w)
     return ask_catalog(a, w->name, &m, show_one);
 }
 
-static bool verified;
+static int judge_verified(const json_t *o)
+{
+    return lb_jbool(o, "ok") ? 0 : lb_errcode_exit(LB_E_PROTO);
+}
 
 static void show_verified(const json_t *o)
 {
     size_t i, k;
     json_t *c, *p;
 
-    verified = lb_jbool(o, "ok");
     json_array_foreach (json_object_get(o, "checked"), i, c) {
         printf("%s: %s\n", lb_jstr(c, "ref"), lb_jbool(c, "ok") ? "whole" : "DAMAGED");
         json_array_foreach (json_object_get(c, "problems"), k, p) {
@@ -372,12 +365,10 @@ static const struct argp_option verify_options[] = {
 static int verify(struct args *a, const struct word *w)
 {
     Lb__RpcCatalog m = LB__RPC_CATALOG__INIT;
-    int rc;
 
     m.deep = !a->quick;
-    verified = true;
-    rc = ask_catalog(a, w->name, &m, show_verified);
-    return rc ? rc : verified ? 0 : LB_E_PROTO;
+    a->watch.judge = judge_verified;
+    return ask_catalog(a, w->name, &m, show_verified);
 }
 
 static void show_gone(const json_t *o)
@@ -433,7 +424,7 @@ static int rm(struct args *a, const struct word *w)
 }
 
 static const struct argp_option prune_options[] = {
-    {"keep", OPT_KEEP, "N", 0, "The latest N of each VM stay", 0},
+    {"keep", OPT_KEEP, "N", 0, "The latest N of each VM stay, however old they are", 0},
     {"older", OPT_OLDER, "TIME", 0, "Only those older than this, e.g. 12h or 7d", 0},
     {"labelled", OPT_LABELLED, NULL, 0, "Those with a label, too", 0},
     {"dry-run", OPT_DRY_RUN, NULL, 0, "Only say what would go", 0},
@@ -446,8 +437,8 @@ static int prune(struct args *a, const struct word *w)
     Lb__RpcCatalog m = LB__RPC_CATALOG__INIT;
     struct lb_error err = LB_ERROR_INIT;
 
-    if (!a->has_keep) {
-        lb_fail(&err, LB_E_USAGE, "prune needs --keep N");
+    if (!a->has_keep && !a->older_ms) {
+        lb_fail(&err, LB_E_USAGE, "prune needs --keep N, --older TIME, or both");
         return lb_cli_fail(a->watch.cli, &err);
     }
     m.keep = (uint32_t)a->keep;
@@ -532,14 +523,28 @@ static const struct word *find_word(const char *name)
     return NULL;
 }
 
+static bool goes_with_every_word(const char *arg)
+{
+    static const char *const options[] = {"--json", "--quiet", "-q", "--detach", "--progress"};
+
+    for (size_t i = 0; i < LB_ARRAY_LEN(options); i++)
+        if (!strcmp(arg, options[i]))
+            return true;
+    return false;
+}
+
 static int run(struct lb_cli *cli, int argc, char **argv)
 {
-    const struct word *w = argc > 1 ? find_word(argv[1]) : NULL;
+    int at = 1;
+
+    while (at < argc && goes_with_every_word(argv[at]))
+        at++;
+    const struct word *w = at < argc ? find_word(argv[at]) : NULL;
     LB_AUTO_FREE char *name = lb_asprintf("checkpoint%s%s", w ? " " : "", w ? w->name : "");
     LB_AUTO_FREE struct args *a = lb_alloc(sizeof(*a));
 
     if (w) {
-        argv++;
+        memmove(argv + at, argv + at + 1, (size_t)(argc - at) * sizeof(*argv)); /* the NULL at the end, too */
         argc--;
     } else {
         w = &words[0];

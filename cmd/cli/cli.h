@@ -98,6 +98,9 @@ const char *lb_span(char *buf, size_t n, double ms);
 void lb_print_checks(FILE *f, const json_t *checks, bool all);
 void lb_print_preflight(const json_t *checks, bool all); /* with a summary above it */
 
+/* One line on a schedule of checkpoints, and what went wrong with it. */
+void lb_print_schedule(const json_t *o);
+
 /* Exit status when Ctrl-C ended the watching of what goes on; as a shell reports Ctrl-C. */
 #define LB_EXIT_DETACHED 130
 /* From now on Ctrl-C makes this descriptor readable; -1: it ends the process. */

@@ -22,6 +22,7 @@ struct lb_watch {
     const char *vm;      /* for messages */
     bool quiet, detach, progress_json;
     bool stops;          /* Ctrl-C ends the work itself: it belongs to this client */
+    int (*judge)(const json_t *result); /* NULL: 0; the exit status of an answer, however it is printed */
     /* private */
     bool tty, drawn;
     double percent;

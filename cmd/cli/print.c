@@ -114,6 +114,38 @@ const char *lb_span(char *buf, size_t n, double ms)
     return buf;
 }
 
+/* As it was asked for: "90 s", "10 min", "2 h". */
+static const char *interval(char *buf, size_t n, double ms)
+{
+    bool hours = fmod(ms, 3600000) == 0, minutes = fmod(ms, 60000) == 0;
+
+    snprintf(buf, n, "%.10g %s", ms / (hours ? 3600000 : minutes ? 60000 : 1000), hours ? "h" : minutes ? "min" : "s");
+    return buf;
+}
+
+void lb_print_schedule(const json_t *o)
+{
+    const char *error = lb_jstr(o, "error");
+    char every[32], last[32], next[32];
+
+    if (lb_jnum(o, "every_ms") > 0) {
+        printf("a checkpoint every %s, the latest %lld are kept; last %s, next %s\n",
+               interval(every, sizeof(every), lb_jnum(o, "every_ms")), (long long)lb_jint(o, "keep"),
+               lb_jnum(o, "last_ms") > 0 ? lb_when(last, lb_jnum(o, "last_ms")) : "never",
+               lb_when(next, lb_jnum(o, "next_ms")));
+    } else {
+        printf("no checkpoints by schedule\n");
+    }
+    if (lb_jint(o, "failures"))
+        printf("%-12s%lld failed since: ", "", (long long)lb_jint(o, "failures"));
+    else if (error[0])
+        printf("%-12s", "");
+    if (error[0]) {
+        lb_print_text(stdout, error);
+        putchar('\n');
+    }
+}
+
 /* ------------------------------------------------------------------- live lines */
 
 static int sigint_fd = -1;

@@ -134,7 +134,7 @@ int lb_watch(struct lb_watch *w, const Lb__RpcRequest *r, void (*show)(const jso
 {
     struct watching x = {w, event};
     struct lb_error err = LB_ERROR_INIT;
-    int sigint_fd = lb_catch_sigint();
+    int sigint_fd = lb_catch_sigint(), rc;
     json_t *o;
 
     w->tty = isatty(STDOUT_FILENO);
@@ -146,15 +146,14 @@ int lb_watch(struct lb_watch *w, const Lb__RpcRequest *r, void (*show)(const jso
             return detached(w);
         return lb_cli_fail(w->cli, &err);
     }
-    if (w->cli->json) {
-        puts(text);
-        return 0;
-    }
     o = json_loads(text, 0, NULL);
-    if (w->detach)
+    if (w->cli->json)
+        puts(text);
+    else if (w->detach)
         printf("started, session %s\n", lb_jstr(o, "session"));
     else if (!w->quiet)
         show(o);
+    rc = w->judge && !w->detach ? w->judge(o) : 0;
     json_decref(o);
-    return 0;
+    return rc;
 }
