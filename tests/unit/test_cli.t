@@ -91,11 +91,12 @@ eventually() { # eventually NAME COMMAND...
 }
 
 # ---- without a daemon
-commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host"
+commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host suspend resume checkpoint restore clone"
 run "--help" 0 --help
 for c in $commands; do [[ $out == *"  $c "* ]] || point "--help lists $c" 1 "$out"; done
 run "--version" 0 --version
-for c in $commands "host id" "host trust" "host ls" "host forget"; do
+for c in $commands "host id" "host trust" "host ls" "host forget" "checkpoint take" "checkpoint ls" "checkpoint show" "checkpoint verify" \
+    "checkpoint rm" "checkpoint prune" "checkpoint export" "checkpoint import"; do
     # shellcheck disable=SC2086 # two words
     run "$c --help" 0 $c --help
     out_has "--json"
@@ -179,6 +180,39 @@ for word in "--interval 0" "--interval 2s" "--lease 10ms" "--lease 61s" "--disk 
 done
 a "protect of two" 2 protect vm b --manual
 
+# ---- checkpoints of nothing
+a "checkpoint ls" 0 checkpoint ls --json
+json_has "o == {'checkpoints': []}"
+a "checkpoint ls as a table" 0 checkpoint ls
+out_has "CHECKPOINT"
+failure "suspend of nothing" 3 not-found suspend ghost
+failure "resume of nothing" 3 not-found resume ghost
+failure "checkpoint of nothing" 3 not-found checkpoint ghost
+failure "restore of nothing" 3 not-found restore ghost@1
+failure "clone of nothing" 3 not-found clone ghost@1 2
+failure "checkpoint show of nothing" 3 not-found checkpoint show ghost@1
+failure "checkpoint rm of nothing" 3 not-found checkpoint rm ghost@1
+failure "a schedule of nothing" 3 not-found checkpoint ghost --every 10m
+failure "import of nothing" 3 not-found checkpoint import "$dir/none"
+failure "a key file that is not there" 3 not-found restore ghost --key "$dir/none"
+failure "a passphrase file that is not there" 3 not-found restore ghost --passphrase-file "$dir/none"
+: >"$dir/empty"
+failure "an empty passphrase" 2 usage restore ghost --passphrase-file "$dir/empty"
+failure "prune of everything" 2 usage checkpoint prune
+a "suspend --all of nothing" 0 suspend --all --json
+json_has "o == {'done': [], 'failed': [], 'left': []}"
+a "resume --all of nothing" 0 resume --all
+out_has "0 done, 0 failed"
+for word in "suspend" "suspend vm --all" "resume vm x" "restore" "restore vm@1 --tap tap0" "restore vm@1 --tap =x" "clone vm@1" \
+    "clone vm@1 0" "clone vm@1 257" "clone vm@1 2 3" "checkpoint" "checkpoint vm x" "checkpoint vm --every 9s" "checkpoint vm --every often" \
+    "checkpoint vm --every 1m --keep 0" "checkpoint vm --level 20" "checkpoint show" "checkpoint export vm@1" "checkpoint prune --older 0d" \
+    "checkpoint prune --keep x" "suspend vm --key a --passphrase" "suspend --all --key a" "checkpoint vm --every 1m --passphrase"; do
+    # shellcheck disable=SC2086 # words
+    a "$word" 2 $word
+done
+[ ! -e "$dir/a/vms/ghost" ] && [ -z "$(ls -A "$dir/a/checkpoints" 2>/dev/null)" ]
+point "nothing leaves nothing" $? "$(find "$dir/a/vms" "$dir/a/checkpoints")"
+
 # ---- hosts
 a "host id" 0 host id
 key_a=$out
@@ -233,6 +267,7 @@ for data in (b"", b"\0", b"\xff" * 4096, struct.pack("<I", 5) + b"\xff" * 5, str
 PY
 a "the daemon survives noise on its socket" 0 ls
 # ... and on its port, also more of it than it takes
+logs=$(ls "$dir/a/log")
 python3 - "$port_a" <<'PY'
 import os, socket, sys
 peers = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(80)]
@@ -243,7 +278,7 @@ for i, s in enumerate(peers[:40]):
         pass
 PY
 eventually "the daemon survives noise on its port" "$bin/lifeboat" --host "$dir/a.sock" ls
-[ -z "$(ls "$dir/a/log")" ]; point "unknown peers leave no file" $? "$(ls "$dir/a/log")"
+[ "$(ls "$dir/a/log")" = "$logs" ]; point "unknown peers leave no file" $? "$(ls "$dir/a/log")"
 
 # ---- a hypervisor that fails
 a "run without a command" 2 run vm
@@ -302,6 +337,56 @@ else
     failure "failover of what is not protected" 5 state failover vm
     a "a refused protection" 0 status vm --json
     json_has "o['state'] == 'running' and 'protect' not in o and 'wish' not in o"
+
+    a "checkpoint" 0 checkpoint vm --label first --json
+    json_has "o['ref'] == 'vm@1' and o['number'] == 1 and o['label'] == 'first' and not o['increment'] and o['pause_ms'] > 0"
+    a "a second checkpoint" 0 checkpoint vm
+    out_has "vm@2: increment"
+    a "checkpoint ls" 0 checkpoint ls vm
+    out_has "vm@2"
+    out_has "first"
+    a "checkpoint show" 0 checkpoint show vm@first
+    out_has "vm@1"
+    a "checkpoint verify" 0 checkpoint verify vm
+    out_has "whole"
+    python3 -c 'import sys; f = open(sys.argv[1], "r+b"); f.seek(9000); b = f.read(1); f.seek(9000); f.write(bytes([b[0] ^ 1]))' \
+        "$dir/a/checkpoints/vm/1.lbc"
+    a "checkpoint verify of a damaged one" 9 checkpoint verify vm@1
+    out_has "DAMAGED"
+    a "checkpoint verify of a damaged one, as JSON" 9 checkpoint verify vm@1 --json
+    json_has "o['ok'] is False and o['problems']"
+    a "checkpoint verify of a damaged one, in silence" 9 checkpoint verify vm@1 --quiet
+    failure "restore of a name in use" 4 exists restore vm@2
+    a "checkpoint prune --dry-run" 0 checkpoint prune vm --keep 1 --labelled --dry-run
+    out_has "would remove vm@1"
+    a "checkpoint rm" 0 checkpoint rm vm@2 vm@1 --yes --json
+    json_has "o['removed'] == 2 and sorted(o['refs']) == ['vm@1', 'vm@2']"
+    a "a schedule" 0 checkpoint vm --every 90m --keep 3
+    out_has "every 90 min"
+    a "a schedule in ls" 0 ls --json
+    json_has "o['vms'][0]['schedule']['every_ms'] == 5400000 and o['vms'][0]['schedule']['keep'] == 3"
+    a "a schedule in status" 0 status vm
+    out_has "every 90 min"
+    a "no schedule" 0 checkpoint vm --every off
+    out_has "no checkpoints by schedule"
+    a "suspend" 0 suspend vm
+    out_has "vm is suspended"
+    failure "suspend of a suspended one" 5 state suspend vm
+    failure "stop of a suspended one" 5 state stop vm
+    a "ls of a suspended one" 0 ls
+    out_has "suspended"
+    a "status of a suspended one" 0 status vm
+    out_has "suspend.lbc"
+    failure "rm of a suspended VM" 5 state checkpoint rm vm@suspend
+    a "resume" 0 resume vm --wait --json
+    json_has "o['resumed'] and not o['filling'] and o['running_ms'] > 0"
+    a "suspend and resume in history" 0 history
+    out_has "suspended"
+    out_has "resumed"
+    rm "$dir/a/history.jsonl"
+    a "resumed" 0 status vm --json
+    json_has "o['state'] == 'running' and o['running'] is True"
+    pid=$(get "['pid']")
 
     # slow enough to look at
     slow=(--bandwidth 10KB --compress off --no-throttle)
