@@ -362,10 +362,10 @@ class Fleet(Rig):
         left = self.leftovers(role, name, sockets)
         return t.ok(not left, what, "left on %s: %s" % (role, left))
 
-    def clean(self, t, nonce, what, verify_all=True, ip=GUEST_IP, disk=None):
+    def clean(self, t, nonce, what, verify_all=True, ip=GUEST_IP, disk=None, via=None, timeout_s=5):
         """A test line: the guest is the same one and found nothing bad in all of its memory (and disk). Returns its status."""
         try:
-            status = self.guest_status(ip, verify_all=verify_all)
+            status = self.guest_status(ip, verify_all=verify_all, via=via, timeout_s=timeout_s)
         except (OSError, RigError) as error:
             t.ok(False, what, "the guest does not answer: %s" % error)
             return None

@@ -39,6 +39,7 @@ MIG = "10.78.0"
 GUEST_IP = LAN + ".10"
 GUEST_MAC = "52:54:00:77:01:10"
 CLIENT_IP = LAN + ".100"
+LONE_IP = LAN + ".200"  # of the host, on taps that are on no bridge
 UDP_PORT = 9000
 STILL_MS = 250   # a stream that reports every 100 ms and does not is still by then
 REPO = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
@@ -342,7 +343,7 @@ class Host(Namespace):
             self.ip("link", "set", device, "up")
         self.ip("addr", "add", self.lan_ip + "/24", "dev", "br0")
         self.ip("addr", "add", self.mig_ip + "/24", "dev", "mig0")
-        self.taps = []
+        self.taps, self.lone_taps = [], []
         for i in range(taps):
             self.add_tap("tap%d" % i)
 
@@ -351,6 +352,21 @@ class Host(Namespace):
         self.ip("tuntap", "add", "dev", name, "mode", "tap", *(["user", user] if user else []))
         self.ip("link", "set", name, "master", "br0", "up")
         self.taps.append(name)
+
+    def add_lone_tap(self, name):
+        """A persistent tap that is a network of its own: guests with the same address do not meet. Returns what makes a
+        socket to its guest."""
+        self.ip("tuntap", "add", "dev", name, "mode", "tap")
+        self.ip("link", "set", name, "up")
+        self.ip("addr", "add", LONE_IP + "/32", "dev", name)
+        self.ip("route", "add", GUEST_IP + "/32", "dev", name, "src", LONE_IP, "metric", len(self.lone_taps) + 1)
+        self.lone_taps.append(name)
+
+        def connected():
+            sock = self.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
+            return sock
+        return connected
 
     def forget(self):
         """What a host does not remember when it has died: interfaces that its processes made, filters. The taps are new."""
@@ -823,9 +839,10 @@ class Rig:
 
     # -- the guest as the client sees it
 
-    def guest_status(self, ip=GUEST_IP, verify_all=False, timeout_s=5):
-        """The guest's own account as a dict; verify_all: after it has checked every page once more (may take seconds)."""
-        with self.client.socket() as sock:
+    def guest_status(self, ip=GUEST_IP, verify_all=False, timeout_s=5, via=None):
+        """The guest's own account as a dict; verify_all: after it has checked every page once more (may take seconds). via: what
+        makes a socket to it, not the client's."""
+        with (via or self.client.socket)() as sock:
             sock.settimeout(timeout_s)
             sock.connect((ip, 7002 if verify_all else 7000))
             if verify_all:
