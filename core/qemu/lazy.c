@@ -59,12 +59,16 @@ static char *record_path(const char *qmp_path)
                  : lb_strdup(LB_QEMU_LAZY_FILE);
 }
 
-/* Not synced: it is of no use to another boot of the host. */
+/* Not synced: it is of no use to another boot of the host. The directory is that of QEMU's user: a
+ * link there is not followed. */
 static int write_record(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    LB_AUTO_FILE FILE *f = fopen(vm->lazy_path, "we");
+    unlink(vm->lazy_path);
+    LB_AUTO_FD int fd = open(vm->lazy_path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    LB_AUTO_FILE FILE *f = fd < 0 ? NULL : fdopen(fd, "w");
     if (!f)
         return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot write %s", vm->lazy_path);
+    fd = -1; /* f has it */
     fprintf(f, "%d %" PRIu64 " %d %u\n", (int)vm->proc.pid, vm->proc.start_ticks, vm->lazy_remote_fd,
             vm->n_blocks);
     for (unsigned i = 0; i < vm->n_blocks; i++) {

@@ -72,15 +72,16 @@ static struct said wait_passes(const char *log, unsigned passes)
     return now;
 }
 
-static void guest_start(struct qemu *q, const char *machine, unsigned mb_per_s)
+static void guest_start(struct qemu *q, const char *machine, unsigned mb_per_s, uid_t uid)
 {
     char args[2000], kernel[300], initrd[300];
     qemu_dir(q);
+    assert_int_equal(chown(q->dir, uid, uid), 0);
     snprintf(args, sizeof(args),
              "%s -nodefaults -display none -vga std -chardev file,id=s,path=@D/src.log -serial chardev:s "
              "-kernel %s -initrd %s -append console=ttyS0\tquiet\tlb.dirty=%u:48",
              machine, guest_file("vmlinuz", kernel), guest_file("initrd.img", initrd), mb_per_s);
-    qemu_start(q, args);
+    qemu_start_as(q, uid, args);
 }
 
 /* ------------------------------------------------- a checkpoint in our memory */
@@ -144,10 +145,10 @@ static void saved_free(struct saved *s)
 }
 
 /* A guest that has run a while, saved and gone. */
-static void make_saved(struct qemu *q, const char *machine, unsigned mb_per_s, struct saved *s)
+static void make_saved(struct qemu *q, const char *machine, unsigned mb_per_s, uid_t uid, struct saved *s)
 {
     char log[128];
-    guest_start(q, machine, mb_per_s);
+    guest_start(q, machine, mb_per_s, uid);
     snprintf(log, sizeof(log), "%s/src.log", q->dir);
     struct lb_hv_vm *vm = qemu_attach(q);
     struct said said = wait_passes(log, 1);
@@ -391,7 +392,7 @@ static void resume_lazily(bool anonymous)
     struct receiver r;
     struct server v;
     char script[128];
-    make_saved(&q, MACHINE, 4, &s);
+    make_saved(&q, MACHINE, 4, 0, &s);
     receiver_start(&q, &s, "lazy", 0, anonymous ? anonymous_qemu(&q, script) : NULL, &r);
     assert_int_equal(main_block(r.vm)->backing, anonymous ? LB_BACK_ANON : LB_BACK_SHARED);
     struct lb_vm_ident id;
@@ -493,7 +494,7 @@ static void test_server_dies(void **state)
     struct receiver r;
     struct lb_proc_id proc;
     int p[2];
-    make_saved(&q, MACHINE, 4, &s);
+    make_saved(&q, MACHINE, 4, 0, &s);
     assert_int_equal(pipe2(p, O_CLOEXEC), 0);
     fflush(NULL);
     pid_t child = fork();
@@ -553,10 +554,19 @@ static void test_server_dies(void **state)
 
 /* ------------------------------------------------------------------ clones */
 
-/* Main memory of s in a sealed memfd. */
-static int shared_memory(const struct saved *s, const struct lb_ram_block *b, int seals)
+static const struct saved_block *saved_main(const struct saved *s)
 {
-    const struct saved_block *from = saved_block(s, b->name);
+    for (unsigned i = 0; i < s->n_blocks; i++)
+        if (s->blocks[i].pub.kind == LB_RAM_MAIN)
+            return &s->blocks[i];
+    fail_msg("no main memory");
+    return NULL;
+}
+
+/* Main memory of s in a sealed memfd. */
+static int shared_memory(const struct saved *s)
+{
+    const struct saved_block *from = saved_main(s);
     int fd = memfd_create("lifeboat-clones", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     uint64_t at = 0, first, n;
     assert_true(fd >= 0);
@@ -564,10 +574,9 @@ static int shared_memory(const struct saved *s, const struct lb_ram_block *b, in
     for (; lb_bitmap_next_run(&from->pages, at, CHUNK_PAGES, &first, &n); at = first + n)
         assert_int_equal(pwrite(fd, from->data + first * LB_PAGE_SIZE, n * LB_PAGE_SIZE,
                                 (off_t)(first * LB_PAGE_SIZE)), n * LB_PAGE_SIZE);
-    assert_int_equal(fcntl(fd, F_ADD_SEALS, seals), 0);
+    assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE), 0);
     return fd;
 }
-#define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 
 /* kB of a mapping, by the field of smaps. */
 static uint64_t smaps_kb(pid_t pid, uint64_t addr, const char *field)
@@ -589,15 +598,6 @@ static uint64_t smaps_kb(pid_t pid, uint64_t addr, const char *field)
     }
     fclose(f);
     return kb;
-}
-
-static const struct saved_block *saved_main(const struct saved *s)
-{
-    for (unsigned i = 0; i < s->n_blocks; i++)
-        if (s->blocks[i].pub.kind == LB_RAM_MAIN)
-            return &s->blocks[i];
-    fail_msg("no main memory");
-    return NULL;
 }
 
 /* What clones wrote is in nobody else's memory. */
@@ -653,8 +653,8 @@ static void clone_three(void)
     struct receiver r[3];
     struct lb_vm_ident id;
     uint64_t rss = 0, pss = 0, kb = 0;
-    make_saved(&q, MACHINE, 1, &s);
-    int fd = shared_memory(&s, &saved_main(&s)->pub, SEALS);
+    make_saved(&q, MACHINE, 1, 0, &s);
+    int fd = shared_memory(&s);
     for (unsigned i = 0; i < LB_ARRAY_LEN(r); i++) {
         char name[16];
         snprintf(name, sizeof(name), "clone%u", i);
@@ -708,6 +708,50 @@ static void test_clones_qemu10(void **state)
     clone_three();
 }
 
+/* As its own user, in its sandbox: it may neither make a userfaultfd nor open the shared memory by another way
+ * than what it inherits. */
+static void test_unprivileged(void **state)
+{
+    (void)state;
+    if (getenv("LB_TEST_QEMU_DST")) {
+        print_message("another QEMU is given, which may be a wrapper that needs root\n");
+        skip();
+    }
+    struct qemu q;
+    struct saved s;
+    struct receiver lazy, clone;
+    struct server v;
+    struct stat st;
+    struct lb_vm_ident id;
+    char path[64];
+    make_saved(&q, "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny " MACHINE, 4,
+               65534, &s);
+    receiver_start(&q, &s, "lazy", 0, NULL, &lazy);
+    lb_hv_ident(lazy.vm, &id);
+    snprintf(path, sizeof(path), "/proc/%d/task", (int)id.proc.pid);
+    assert_int_equal(stat(path, &st), 0);
+    assert_int_equal(st.st_uid, 65534);
+    OK(lb_hv_lazy_begin(lazy.vm, err));
+    place_devices(&s, lazy.vm, false);
+    server_start(&v, lazy.vm, &s, 0);
+    OK(lb_hv_load_state(lazy.vm, s.state, s.state_len, err));
+    OK(lb_hv_run(lazy.vm, err));
+    fill(&v, true, 1);
+    server_stop(&v);
+    OK(lb_hv_lazy_end(lazy.vm, err));
+    check_said(&lazy, &s);
+    receiver_end(&lazy);
+
+    int fd = shared_memory(&s);
+    receiver_start(&q, &s, "clone", fd, NULL, &clone);
+    close(fd);
+    load_and_run(clone.vm, &s, false);
+    check_said(&clone, &s);
+    receiver_end(&clone);
+    saved_free(&s);
+    qemu_end(&q);
+}
+
 /* Memory that could still change, or is not of the right size, is not shared. */
 static void test_clones_refused(void **state)
 {
@@ -756,6 +800,7 @@ int main(void)
         cmocka_unit_test_teardown(test_server_dies, end_all),
         cmocka_unit_test_teardown(test_clones, end_all),
         cmocka_unit_test_teardown(test_clones_qemu10, end_all),
+        cmocka_unit_test_teardown(test_unprivileged, end_all),
         cmocka_unit_test_teardown(test_clones_refused, end_all),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
