@@ -64,6 +64,18 @@ int lb_catalog_set_disks(const char *dir, const char *vm, uint32_t number, const
  * on false: no longer (an image that is deleted counts as that). Hold the lock from before the image is made. */
 int lb_catalog_use_image(const char *dir, const char *vm, const char *image, const char *user, bool on,
                          struct lb_error *err);
+/* Who starts a VM on an image of a checkpoint writes to what must not change. Newest: where the guest went on. */
+struct lb_image_held {
+    char by[200];                    /* "web1@7", "web1@suspend", "a checkpoint of VM web1 that was removed" */
+    char vm[128];
+    bool suspended;                  /* its newest state waits for `resume` of that VM */
+    char **newest;                   /* qcow2 images that stand on it, directly or not, that nobody stands on, and that are
+                                        neither held themselves nor another VM's than `user`; NULL-terminated */
+};
+/* 1: held, fills *out (caller: lb_image_held_free); 0: anybody may write to it. A disks.json that cannot be read is left out,
+ * with a warning in the log: no VM's books keep another from starting. No lock is needed. */
+int lb_catalog_image_held(const char *dir, const char *image, const char *user, struct lb_image_held *out);
+void lb_image_held_free(struct lb_image_held *h); /* leaves it zeroed */
 /* Joins images of checkpoints that go: `top` goes into `base` (files; the guest sees no difference), after which
  * whoever used `top` uses `base`. NULL: images stay. LB_E_STATE: cannot now; they stay too. */
 struct lb_image_join {

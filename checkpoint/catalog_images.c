@@ -108,7 +108,7 @@ int lb_qcow2_head(const char *path, struct lb_qcow2_head *out, struct lb_error *
     return 0;
 }
 
-static bool same_file(const char *a, const char *b)
+bool lb_same_file(const char *a, const char *b)
 {
     struct stat x, y;
 
@@ -119,7 +119,7 @@ static bool stands_on(const char *image, const char *base)
 {
     struct lb_qcow2_head h;
 
-    return lb_qcow2_head(image, &h, NULL) == 0 && h.backing[0] && same_file(h.backing, base);
+    return lb_qcow2_head(image, &h, NULL) == 0 && h.backing[0] && lb_same_file(h.backing, base);
 }
 
 /* Made by us, beside the image it stands on: STEM.lb-N.qcow2 (an overlay of a restored VM), STEM.lb-VM-N (of a
@@ -208,7 +208,7 @@ static int load_others(const char *dir, const char *vm, struct candidates *c, co
 static bool seen_before(const struct candidates *c, unsigned i)
 {
     for (unsigned k = 0; k < i; k++)
-        if (same_file(c->v[k], c->v[i]))
+        if (lb_same_file(c->v[k], c->v[i]))
             return true;
     return false;
 }
@@ -227,11 +227,11 @@ static unsigned standing_on(const char *dir, const char *vm, const struct lb_dis
     add_folder_of(&c, base);
     for (unsigned i = 0; i < c.n; i++) {
         struct lb_qcow2_head h;
-        if (same_file(c.v[i], base) || lb_qcow2_head(c.v[i], &h, NULL))
+        if (lb_same_file(c.v[i], base) || lb_qcow2_head(c.v[i], &h, NULL))
             continue;
         if (h.opaque && strstr(h.backing, strrchr(base, '/') ? strrchr(base, '/') + 1 : base))
             n = 2; /* it names our file in a way that is not understood */
-        if (h.backing[0] && same_file(h.backing, base))
+        if (h.backing[0] && lb_same_file(h.backing, base))
             add(&hits, c.v[i]);
     }
     for (unsigned i = 0; i < hits.n; i++)
@@ -242,6 +242,21 @@ static unsigned standing_on(const char *dir, const char *vm, const struct lb_dis
     lb_strv_free(c.v);
     lb_strv_free(hits.v);
     return n;
+}
+
+char **lb_images_above(const char *base, const char *const *more, unsigned n)
+{
+    struct candidates c = {0}, hits = {0};
+
+    for (unsigned i = 0; i < n; i++)
+        add(&c, more[i]);
+    add_folder_of(&c, base);
+    hits.v = lb_alloc(sizeof(*hits.v));
+    for (unsigned i = 0; i < c.n; i++)
+        if (!lb_same_file(c.v[i], base) && !seen_before(&c, i) && stands_on(c.v[i], base))
+            add(&hits, c.v[i]);
+    lb_strv_free(c.v);
+    return hits.v;
 }
 
 /* ---------------------------------------------------------------------------- join */
@@ -343,7 +358,7 @@ static bool imported(const struct reduce *r, const char *path)
     int end = 0;
 
     return sscanf(path + strlen(parent), "/disk-%u-%u.qcow2%n", &number, &k, &end) == 2 && end &&
-           !path[strlen(parent) + (size_t)end] && same_file(vm_dir, parent);
+           !path[strlen(parent) + (size_t)end] && lb_same_file(vm_dir, parent);
 }
 
 /* Can base be joined with what stands on it? Then *j says how. */
@@ -355,7 +370,7 @@ static bool can_join(struct reduce *r, const struct lb_ckpt_disk *base, struct l
     if (standing_on(r->dir, r->vm, r->d, base->path, j->top) != 1 || !our_name(j->top))
         return false;
     for (unsigned i = 0; i < r->d->n_users; i++)
-        if (same_file(r->d->users[i].image, j->top) && strcmp(r->d->users[i].user, r->vm))
+        if (lb_same_file(r->d->users[i].image, j->top) && strcmp(r->d->users[i].user, r->vm))
             return false;
     if (standing_on(r->dir, r->vm, r->d, j->top, j->above) > 1)
         return false;

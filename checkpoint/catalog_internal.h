@@ -62,6 +62,10 @@ struct lb_qcow2_head {
 };
 int lb_qcow2_head(const char *path, struct lb_qcow2_head *out, struct lb_error *err);
 
+bool lb_same_file(const char *a, const char *b);
+/* Images in the folder of `base`, and of `more` (n), that stand on it. NULL-terminated, caller: lb_strv_free. */
+char **lb_images_above(const char *base, const char *const *more, unsigned n);
+
 /* ---- names (catalog_names.c) */
 
 char *lb_catalog_vm_dir(const char *dir, const char *vm);

@@ -57,6 +57,11 @@ static void show(const json_t *o)
         lb_print_text(stderr, json_string_value(w) ? json_string_value(w) : "");
         fputc('\n', stderr);
     }
+    json_array_foreach (json_object_get(o, "damages"), i, w) {
+        fputs("lifeboat: WARNING: ", stderr);
+        lb_print_text(stderr, json_string_value(w) ? json_string_value(w) : "");
+        fputc('\n', stderr);
+    }
     printf("VM %s adopted, process %lld\n", lb_jstr(o, "name"), (long long)lb_jint(o, "pid"));
 }
 

@@ -256,6 +256,14 @@ void lb_peers_unpark(struct daemon *d, struct session *s);
 /* ---- session.c: main of `lifeboatd --session`; the exit status */
 int lb_session_main(void);
 
+/* ---- vm_images.c */
+/* In argv (a vector of ours), images that checkpoints hold become those where the guest went on, each with a warning; or else
+ * LB_E_STATE. */
+int lb_vm_newest_images(struct daemon *d, const char *vm, const char *cwd, char ***argv, json_t *warnings,
+                        struct lb_error *err);
+/* A VM that is found writing to such images: a text each, logged too. */
+void lb_vm_warn_images(struct daemon *d, const char *vm, const struct lb_vm_desc *desc, json_t *damages);
+
 /* ---- vm_run.c */
 /* Start argv detached (own session, stdio to log_path, in cwd); *out names it. */
 int lb_vm_start(char *const argv[], const char *cwd, const char *log_path, struct lb_proc_id *out,

@@ -148,20 +148,23 @@ static char **vm_argv(const Lb__RpcRun *r, const char *qmp_path, json_t *warning
     return argv;
 }
 
-static char *entry_result(const struct lb_vm_entry *e, json_t *warnings)
+static char *entry_result(const struct lb_vm_entry *e, json_t *warnings, json_t *damages)
 {
     json_t *o = lb_entry_to_json(e);
 
-    if (warnings)
+    if (json_array_size(warnings))
         json_object_set(o, "warnings", warnings);
+    if (json_array_size(damages))
+        json_object_set(o, "damages", damages);
     return lb_json_dump(o);
 }
 
-static int start_vm(struct lb_vm_entry *e, const Lb__RpcRun *r, const char *log, json_t *warnings,
+static int start_vm(struct daemon *d, struct lb_vm_entry *e, const Lb__RpcRun *r, const char *log, json_t *warnings,
                     struct lb_error *err)
 {
     char **argv = vm_argv(r, e->qmp_path, warnings);
-    int rc = lb_vm_start(argv, r->cwd, log, &e->proc, err);
+    int rc = lb_vm_newest_images(d, e->name, r->cwd, &argv, warnings, err) ||
+             lb_vm_start(argv, r->cwd, log, &e->proc, err);
 
     lb_strv_free(argv);
     if (rc)
@@ -206,9 +209,9 @@ static char *op_run(struct daemon *d, const Lb__RpcRun *r, struct lb_error *err)
     e.created_ms = lb_wall_ms();
     unlink(qmp);
     warnings = json_array();
-    if (!start_vm(&e, r, log, warnings, err)) {
+    if (!start_vm(d, &e, r, log, warnings, err)) {
         if (!lb_vm_entry_save(d->opt.state_dir, &e, err))
-            json = entry_result(&e, json_array_size(warnings) ? warnings : NULL);
+            json = entry_result(&e, warnings, NULL);
         else
             lb_proc_kill(&e.proc, 5000, NULL);
     }
@@ -271,12 +274,14 @@ static char *op_adopt(struct daemon *d, const Lb__RpcAdopt *r, struct lb_error *
     }
     snprintf(e.qmp_path, sizeof(e.qmp_path), "%s", real.qmp_path);
     if (!lb_vm_entry_save(d->opt.state_dir, &e, err)) {
-        json_t *warnings = json_array();
+        json_t *warnings = json_array(), *damages = json_array();
 
         for (char **b = desc.blockers; b && *b; b++)
             json_array_append_new(warnings, lb_json_text(*b));
-        json = entry_result(&e, json_array_size(warnings) ? warnings : NULL);
+        lb_vm_warn_images(d, e.name, &desc, damages);
+        json = entry_result(&e, warnings, damages);
         json_decref(warnings);
+        json_decref(damages);
     }
 out:
     lb_hv_detach(vm);

@@ -435,3 +435,57 @@ void lb_qemu_image_replace(struct lb_qemu_opts *o, const struct lb_qemu_image *i
     else
         replace_blockdev(o, im, path, as);
 }
+
+/* ------------------------------------------------------- a command line as it is */
+
+static bool same(const char *a, const char *b)
+{
+    return a == b || (a && b && strcmp(a, b) == 0);
+}
+
+/* argv with the options that are others in `now`; every other word stays as it was typed. */
+static char **with_changes(char *const *argv, const struct lb_qemu_opts *was, const struct lb_qemu_opts *now)
+{
+    unsigned words = 1, n = 0;
+    for (unsigned i = 0; i < was->n; i++)
+        words += (was->v[i].name[0] != 0) + (was->v[i].value != NULL);
+    char **out = lb_alloc((words + now->n + 1) * sizeof(*out)); /* a bare image becomes an option: a word more */
+    out[n++] = lb_strdup(argv[0]);
+    for (unsigned i = 0, at = 1; i < was->n; i++) {
+        const struct lb_qemu_opt *a = &was->v[i], *b = &now->v[i];
+        bool as_is = same(a->name, b->name) && same(a->value, b->value);
+        unsigned old = (a->name[0] != 0) + (a->value != NULL);
+        for (unsigned k = 0; as_is && k < old; k++)
+            out[n++] = lb_strdup(argv[at + k]);
+        if (!as_is) {
+            out[n++] = lb_asprintf("-%s", b->name);
+            out[n++] = lb_strdup(b->value);
+        }
+        at += old;
+    }
+    return out;
+}
+
+int lb_qemu_argv_image(char *const *argv, const char *path, const char *to, const char *format, char ***out,
+                       struct lb_error *err)
+{
+    struct lb_qemu_opts was, now;
+    struct lb_qemu_images images;
+    unsigned found = 0;
+    if (lb_qemu_opts_parse(argv, &was, err) < 0)
+        return -1;
+    lb_qemu_opts_parse(argv, &now, NULL); /* as it did a moment ago */
+    lb_qemu_images_scan(&now, &images);
+    for (unsigned i = 0; i < images.n; i++) {
+        if (!same(images.v[i].path, path))
+            continue;
+        lb_qemu_image_replace(&now, &images.v[i], to, format);
+        found++;
+    }
+    if (found)
+        *out = with_changes(argv, &was, &now);
+    lb_qemu_images_free(&images);
+    lb_qemu_opts_free(&was);
+    lb_qemu_opts_free(&now);
+    return found ? 0 : lb_fail(err, LB_E_UNSUPPORTED, "the command line names %s in a way that is not understood", path);
+}

@@ -21,6 +21,11 @@ int lb_qemu_throttle_undo(const char *path, struct lb_error *err);
 int lb_qemu_receiver_argv(const struct lb_vm_desc *desc, const struct lb_launch_opts *opts,
                           char ***argv, struct lb_error *err);
 
+/* argv (argv[0] included) with another image where a disk of it is `path`, as it is written there. *out NULL-terminated,
+ * caller: lb_strv_free. LB_E_UNSUPPORTED: no disk of it is. */
+int lb_qemu_argv_image(char *const *argv, const char *path, const char *to, const char *format, char ***out,
+                       struct lb_error *err);
+
 /* The files a qcow2 image stands on, next one first, as its header and theirs say.
  * Never for an image that may be raw: what it begins with is its guest's. Read without locks: it may be in use. *files NULL-terminated, caller: lb_strv_free. A file that is
  * missing ends it: LB_E_NOT_FOUND names it (the image itself included). */

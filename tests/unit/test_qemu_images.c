@@ -273,11 +273,38 @@ static void test_chain(void **state)
     lb_remove_tree(dir, NULL);
 }
 
+/* Of a command line as somebody typed it only the image changes. */
+static void test_argv_image(void **state)
+{
+    (void)state;
+    struct lb_error err = LB_ERROR_INIT;
+    char *argv[] = {(char *)"wrap", (char *)"--node=0", (char *)"qemu", (char *)"--name", (char *)"x", (char *)"-S",
+                    (char *)"-drive", (char *)"if=virtio,file=/srv/a.img,format=raw", (char *)"-hdb", (char *)"/srv/b.img",
+                    (char *)"--hdc", OLD, NULL};
+    static const char *const want[] = {"wrap", "--node=0", "qemu", "--name", "x", "-S", "-drive",
+                                       "if=virtio,file=/srv/a.img.lb-1.qcow2,format=qcow2", "-hdb", "/srv/b.img", "-drive",
+                                       "index=2,media=disk,file=/srv/a.img.lb-1.qcow2,format=qcow2", NULL};
+    char **out = NULL;
+    unsigned n = 0;
+    assert_int_equal(lb_qemu_argv_image(argv, OLD, NEW, "qcow2", &out, &err), 0);
+    for (; want[n] && out[n]; n++)
+        assert_string_equal(out[n], want[n]);
+    assert_true(!want[n] && !out[n]);
+    lb_strv_free(out);
+    char *bare[] = {(char *)"qemu", OLD, NULL};
+    assert_int_equal(lb_qemu_argv_image(bare, OLD, NEW, "qcow2", &out, &err), 0);
+    assert_string_equal(out[2], "index=0,media=disk,file=/srv/a.img.lb-1.qcow2,format=qcow2");
+    assert_null(out[3]);
+    lb_strv_free(out);
+    assert_int_equal(lb_qemu_argv_image(argv, "/srv/c.img", NEW, "qcow2", &out, &err), -1);
+    assert_int_equal(err.code, LB_E_UNSUPPORTED);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_overlay), cmocka_unit_test(test_joined),  cmocka_unit_test(test_mapping),
-        cmocka_unit_test(test_another), cmocka_unit_test(test_chain),
+        cmocka_unit_test(test_another), cmocka_unit_test(test_chain), cmocka_unit_test(test_argv_image),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
