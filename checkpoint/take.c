@@ -257,6 +257,14 @@ static int prepare_pause(struct lb_take *t, struct lb_error *err)
     return lb_take_reserve(t, err) || lb_hv_checkpoint_mode(t->vm, true, err) ? -1 : 0;
 }
 
+/* Before the file has its name: then no image of a checkpoint is unknown, of an encrypted one neither. */
+static int note_images(struct lb_take *t, struct lb_error *err)
+{
+    if (t->meta.no_disk || !t->meta.n_disks)
+        return 0;
+    return lb_catalog_set_disks(t->env->catalog_dir, t->entry.name, t->meta.number, t->meta.disks, t->meta.n_disks, err);
+}
+
 static int commit(struct lb_take *t, struct lb_error *err)
 {
     struct lb_ckpt_writer *w = t->writer;
@@ -265,7 +273,7 @@ static int commit(struct lb_take *t, struct lb_error *err)
         return -1;
     lb_ckpt_writer_stats(w, &t->res->stats);
     lb_point("take-written");
-    if (lb_take_check_cancel(t, err))
+    if (lb_take_check_cancel(t, err) || note_images(t, err))
         return -1;
     t->writer = NULL;
     if (lb_ckpt_commit(w, &t->meta, t->state, t->state_len, NULL, err))
