@@ -374,6 +374,10 @@ static bool can_join(struct reduce *r, const struct lb_ckpt_disk *base, struct l
             return false;
     if (standing_on(r->dir, r->vm, r->d, j->top, j->above) > 1)
         return false;
+    /* Nothing stands on top, yet a guest writes to base: it was started from that image again, and what it had written
+     * before is in top alone.  It would also look as a join does that came to its end. */
+    if (!j->above[0] && qemu_writes(base->path))
+        return false;
     memcpy(j->id, base->id, sizeof(j->id));
     memcpy(j->base, base->path, sizeof(j->base));
     memcpy(j->base_format, base->format, sizeof(j->base_format));

@@ -376,6 +376,37 @@ static void test_join_refused(void **s)
     end_vm(&v);
 }
 
+static int not_in_chain(const char *vm, const char *disk_id, const char *top, const char *base, void *arg,
+                        struct lb_error *err)
+{
+    (void)vm, (void)disk_id, (void)arg;
+    return lb_fail(err, LB_E_NOT_FOUND, "it does not stand on %s and that on %s", top, base);
+}
+
+/* After a checkpoint the VM was started from the image it had at first, as its command line says: what the guest had
+ * written since is in the overlay alone. */
+static void test_started_from_base(void **s)
+{
+    (void)s;
+    struct vm v = {0};
+    struct lb_prune_result res;
+    struct lb_image_join join = {.join = not_in_chain};
+    struct flock fl = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 101, .l_len = 1}; /* as QEMU, when it writes */
+    LB_AUTO_FD int held = lock();
+    make_vm(&v, 1);
+    LB_AUTO_FREE char *base = image("web.raw"), *top = image(v.now);
+    LB_AUTO_FREE char *sum = guest(&v);
+    LB_AUTO_FD int qemu = open(base, O_RDWR | O_CLOEXEC);
+    assert_int_equal(fcntl(qemu, F_OFD_SETLK, &fl), 0);
+    OK(lb_catalog_remove(cat, "web", (uint32_t[]){1}, 1, NULL, &join, NULL, NULL, -1, &res, err));
+    assert_int_equal(res.images_joined, 0);
+    assert_int_equal(res.images_kept, 1);
+    assert_int_equal(access(top, F_OK), 0);
+    LB_AUTO_FREE char *after = guest(&v);
+    assert_string_equal(after, sum);
+    end_vm(&v);
+}
+
 /* Killed on the way, at every point of it. */
 static void check_death(const char *point, uint32_t number)
 {
@@ -639,7 +670,8 @@ int main(void)
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
         T(test_oldest_goes), T(test_some_go), T(test_later), T(test_user_on_base), T(test_user_on_top),
-        T(test_user_not_said), T(test_user_elsewhere), T(test_user_of_another_catalog), T(test_join_refused), T(test_name_of_an_operator),
+        T(test_user_not_said), T(test_user_elsewhere), T(test_user_of_another_catalog), T(test_join_refused),
+        T(test_started_from_base), T(test_name_of_an_operator),
         T(test_death_before), T(test_death_unlinked), T(test_death_joining), T(test_death_in_join), T(test_death_joined),
         T(test_export_import), T(test_export_no_disk_and_cancel), T(test_import_refuses), T(test_import_dies),
     };
