@@ -183,7 +183,8 @@ static int restore_one(const struct clone *c, const char *name, unsigned number,
     if (clone_taps(c, number, &taps, &o.n_taps, &names, err))
         return -1;
     o.taps = taps;
-    if (lb_ckpt_restore(&c->quiet, c->ref, &o, &f, &res, err))
+    /* Not c->ref: what that names may be another one by now ("web": the latest). */
+    if (lb_ckpt_restore(&c->quiet, c->ck.ref, &o, &f, &res, err))
         return -1;
     *running_ms = (double)(t - c->t_start) / 1e6 + res.running_ms;
     return 0;
