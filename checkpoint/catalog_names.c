@@ -92,10 +92,19 @@ static bool ends_with(const char *s, const char *end)
 }
 
 /* A name that only a file has which somebody with the lock was writing.  (N.ws is written without the lock: its
- * temporary files are left alone.) */
+ * temporary files are left alone; so are images of VMs, whatever they are called.) */
 static bool is_left_over(const char *name)
 {
-    if (strstr(name, ".tmp-"))
+    const char *tmp = strstr(name, LB_CKPT_SUFFIX ".tmp-");
+    unsigned number, k, pid;
+    uint32_t of;
+    int end = 0;
+
+    if (tmp) {
+        LB_AUTO_FREE char *file = lb_asprintf("%.*s" LB_CKPT_SUFFIX, (int)(tmp - name), name);
+        return lb_catalog_number(file, &of);
+    }
+    if (sscanf(name, "disk-%u-%u.qcow2.tmp-%u%n", &number, &k, &pid, &end) == 3 && !name[end])
         return true;
     return ends_with(name, ".tmp") && (!strncmp(name, ".next.", 6) || !strncmp(name, ".disks.json.", 12));
 }
