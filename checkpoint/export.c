@@ -106,6 +106,17 @@ static int disk(struct export *x, unsigned i, struct lb_error *err)
     return sum(x, &m->file, path, err);
 }
 
+/* Whoever removes the checkpoint may join its images afterwards, and the guest then writes to them. */
+static int check_end(const struct lb_ckpt_entry *e, unsigned n_disks, struct lb_error *err)
+{
+    if (n_disks && access(e->path, F_OK) < 0)
+        return lb_fail_errno(err, LB_E_NOT_FOUND, errno, "%s went away while it was exported", e->ref);
+    for (unsigned i = 0; e->info.meta.suspend && i < n_disks; i++)
+        if (check_image(e, &e->disks[i], err))
+            return -1;
+    return 0;
+}
+
 static int fill(struct export *x, const char *dir, struct lb_error *err)
 {
     const struct lb_ckpt_entry *e = x->e;
@@ -127,6 +138,8 @@ static int fill(struct export *x, const char *dir, struct lb_error *err)
     for (unsigned i = 0; i < n_disks; i++)
         if (disk(x, i, err))
             return -1;
+    if (check_end(e, n_disks, err))
+        return -1;
     return lb_manifest_save(x->folder, &x->manifest, err) || lb_sync_dir(x->folder, err) ? -1 : 0;
 }
 
