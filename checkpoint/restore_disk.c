@@ -31,22 +31,45 @@ static char *list_path(const struct lb_ckpt_env *env, const char *name)
 
 /* --------------------------------------------------------------------- catalog */
 
-/* VM's images are the catalog's business only when the catalog has a folder of it. */
-static int set_users(const struct lb_ckpt_env *env, const char *vm, char *const *images, const char *user, bool on,
-                     struct lb_error *err)
+/* VM's images are the catalog's business only when the catalog has a folder of it; then *lock holds it. */
+static int lock_images(const struct lb_ckpt_env *env, const char *vm, int *lock, struct lb_error *err)
 {
     LB_AUTO_FREE char *dir = lb_asprintf("%s/%s", env->catalog_dir, vm);
-    LB_AUTO_FD int lock = -1;
-    int rc = 0;
 
+    *lock = -1;
     if (access(dir, F_OK) < 0)
         return 0;
-    lock = lb_catalog_lock(env->catalog_dir, vm, CATALOG_WAIT_MS, err);
-    if (lock < 0)
+    *lock = lb_catalog_lock(env->catalog_dir, vm, CATALOG_WAIT_MS, err);
+    return *lock < 0 ? -1 : 0;
+}
+
+static int forget_user(const struct lb_ckpt_env *env, const char *vm, const char *image, const char *user,
+                       struct lb_error *err)
+{
+    LB_AUTO_FD int lock = -1;
+
+    if (lock_images(env, vm, &lock, err))
         return -1;
-    for (; *images && !rc; images++)
-        rc = lb_catalog_use_image(env->catalog_dir, vm, *images, user, on, err);
-    return rc;
+    return lock < 0 ? 0 : lb_catalog_use_image(env->catalog_dir, vm, image, user, false, err);
+}
+
+/* Lock held. Whoever had it before us may have removed the checkpoint or joined its images: to stand on what was its image
+ * would be to stand on what another guest writes. */
+static int check_still_there(const struct lb_restore *r, struct lb_error *err)
+{
+    struct lb_ckpt_entry now;
+    bool same;
+
+    if (lb_catalog_find(r->env->catalog_dir, r->ck.ref, r->opts->key, &now, err))
+        return -1;
+    same = now.n_disks == r->ck.n_disks && !memcmp(&now.info.id, &r->ck.info.id, sizeof(now.info.id));
+    for (unsigned i = 0; same && i < now.n_disks; i++)
+        same = !strcmp(now.disks[i].path, r->ck.disks[i].path);
+    lb_ckpt_entry_free(&now);
+    if (same)
+        return 0;
+    lb_fail(err, LB_E_STATE, "the disks of %s have been joined with others meanwhile", r->ck.ref);
+    return lb_remedy(err, "try again");
 }
 
 /* ------------------------------------------------------------------------ list */
@@ -70,15 +93,13 @@ static int write_list(const struct lb_restore *r, struct lb_error *err)
 static int drop_overlay(const struct lb_ckpt_env *env, const char *name, char *line, struct lb_error *err)
 {
     char *image = strchr(line, ' ');
-    char *images[2] = {NULL, NULL};
 
     if (!image || strchr(image + 1, '\n'))
         return lb_fail(err, LB_E_STATE, "the list of overlays of VM %s is damaged", name);
     *image++ = '\0';
-    images[0] = image;
     if (unlink(image) < 0 && errno != ENOENT)
         return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot remove %s", image);
-    return set_users(env, line, images, name, false, err);
+    return forget_user(env, line, image, name, err);
 }
 
 int lb_restore_drop_disks(const struct lb_ckpt_env *env, const char *name, struct lb_error *err)
@@ -159,16 +180,22 @@ static int create(const struct lb_restore *r, const char *overlay, const struct 
 static int make_overlays(struct lb_restore *r, struct lb_error *err)
 {
     const struct lb_ckpt_entry *ck = &r->ck;
+    LB_AUTO_FD int lock = -1; /* until the images say themselves what they stand on */
 
     r->overlays = lb_alloc(sizeof(*r->overlays) * (ck->n_disks + 1));
+    if (lock_images(r->env, ck->vm, &lock, err) || check_still_there(r, err))
+        return -1;
     for (unsigned i = 0; i < ck->n_disks; i++) {
         r->overlays[i] = reserve(r, ck->disks[i].path, err);
         if (!r->overlays[i])
             return -1;
     }
-    if (write_list(r, err) || set_users(r->env, ck->vm, r->overlays, r->entry.name, true, err))
+    if (write_list(r, err))
         return -1;
     for (unsigned i = 0; i < ck->n_disks; i++) {
+        if (lock >= 0 &&
+            lb_catalog_use_image(r->env->catalog_dir, ck->vm, r->overlays[i], r->entry.name, true, err))
+            return -1;
         if (create(r, r->overlays[i], &ck->disks[i], err))
             return -1;
         r->disks[r->n_disks++] = (struct lb_disk_map){.argv_path = (char *)ck->disks[i].argv_path,
