@@ -13,14 +13,18 @@
  */
 #include "checkpoint/take.h"
 
+#include "core/host.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <jansson.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #define RECORD_MAX_BYTES (4u << 20)
 #define OVERLAY_MARK ".lb-"
+#define MAX_SAME_NAME 1000u /* of overlays beside each other */
 
 /* -------------------------------------------------------------------- the record */
 
@@ -131,6 +135,8 @@ int lb_take_record_remove(const char *state_dir, const char *vm, struct lb_error
 
 static int remove_overlay(const char *path, struct lb_error *err)
 {
+    if (lb_host_locked(path) > 0)
+        return lb_fail(err, LB_E_STATE, "overlay %s is in use: it stays", path);
     if (unlink(path) < 0 && errno != ENOENT)
         return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot remove overlay %s", path);
     return 0;
@@ -185,13 +191,35 @@ int lb_take_record_undo(const char *catalog_dir, const char *name, struct lb_hv_
 
 /* ------------------------------------------------------------------ making ready */
 
-/* Beside the image; without the end an earlier checkpoint gave it. */
-static int overlay_path(char out[512], const char *image, const char *vm, uint32_t number, struct lb_error *err)
+static bool is_taken(const struct lb_take_record *r, const char *path)
+{
+    struct stat st;
+
+    for (unsigned i = 0; i < r->n_disks; i++)
+        if (!strcmp(r->disks[i].overlay, path))
+            return true;
+    return lstat(path, &st) == 0;
+}
+
+/* Beside the image; without the end an earlier checkpoint or restore gave it. */
+static int overlay_stem(char out[512], const char *image, const char *vm, uint32_t number)
 {
     const char *slash = strrchr(image, '/'), *mark = strstr(slash ? slash : image, OVERLAY_MARK);
     int stem = mark ? (int)(mark - image) : (int)strlen(image);
-    int len = snprintf(out, 512, "%.*s" OVERLAY_MARK "%s-%" PRIu32, stem, image, vm, number);
 
+    return snprintf(out, 512, "%.*s" OVERLAY_MARK "%s-%" PRIu32, stem, image, vm, number);
+}
+
+/* Several disks of a restored VM differ in that end alone: the overlay of the second is ...-2. */
+static int overlay_path(char out[512], const char *image, const char *vm, const struct lb_take_record *r,
+                        struct lb_error *err)
+{
+    char stem[512];
+    int len = overlay_stem(stem, image, vm, r->number);
+
+    memcpy(out, stem, sizeof(stem));
+    for (unsigned n = 2; len >= 0 && len < 512 && is_taken(r, out) && n <= MAX_SAME_NAME; n++)
+        len = snprintf(out, 512, "%s-%u", stem, n);
     if (len < 0 || len >= 512)
         return lb_fail(err, LB_E_UNSUPPORTED, "the path of image %.300s is too long for an overlay beside it",
                        image);
@@ -203,7 +231,7 @@ bool lb_take_overlay_exists(const struct lb_take *t)
     char path[512];
 
     for (unsigned i = 0; i < t->n_disks; i++)
-        if (!overlay_path(path, t->disks[i].path, t->entry.name, t->record.number, NULL) && !access(path, F_OK))
+        if (overlay_stem(path, t->disks[i].path, t->entry.name, t->record.number) < 512 && !access(path, F_OK))
             return true;
     return false;
 }
@@ -227,7 +255,7 @@ static int prepare(struct lb_take *t, struct lb_error *err)
         const struct lb_hv_disk *from = &t->disks[i];
         struct lb_take_disk *d = &r->disks[i];
 
-        if (check_disk(from, err) || overlay_path(d->overlay, from->path, t->entry.name, r->number, err))
+        if (check_disk(from, err) || overlay_path(d->overlay, from->path, t->entry.name, r, err))
             return -1;
         snprintf(d->id, sizeof(d->id), "%s", from->id);
         snprintf(d->base, sizeof(d->base), "%s", from->path);
