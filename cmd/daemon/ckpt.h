@@ -40,8 +40,9 @@ void lb_ckpt_number_ref(char out[160], const char *vm, uint32_t number);
 
 /* ---- catalog (ckpt_catalog.c), in a worker: ls, show; malloc'ed JSON or NULL */
 char *lb_op_catalog_read(struct daemon *d, Lb__RpcCatalog *r, struct lb_error *err);
-/* Remove checkpoints of vm (numbers); its images are joined when it runs here, which needs its lock: it is
- * held by the caller (vm_locked), or taken, or else the images stay. progress as in catalog.h. */
+/* Remove checkpoints of vm (numbers), but none that a VM of this host needs (suspended, or its memory comes from it);
+ * its images are joined when it runs here, which needs its lock: it is held by the caller (vm_locked), or taken, or else
+ * the images stay. progress as in catalog.h. */
 struct sess;
 int lb_ckpt_remove(const struct lb_ckpt_host *h, struct sess *s, const char *vm, bool vm_locked,
                    const uint32_t *numbers, unsigned n, const struct lb_ckpt_key *key,

@@ -189,6 +189,40 @@ static int join_images(const char *vm, const char *disk_id, const char *top, con
     return lb_hv_disk_join(j->hv, disk_id, top, base, join_tick, j, err);
 }
 
+/* The VM of these that cannot do without the checkpoint: it is one, or it still reads it. NULL: none. */
+static const struct lb_vm_entry *who_needs(const struct lb_vm_entry *v, unsigned n, const char *ref)
+{
+    for (unsigned i = 0; i < n; i++)
+        if (!strcmp(v[i].checkpoint, ref) && (v[i].state == LB_VM_SUSPENDED || v[i].state == LB_VM_RESTORING ||
+                                              v[i].state == LB_VM_FILLING))
+            return &v[i];
+    return NULL;
+}
+
+/* Those of the numbers that no VM of this host needs now: since they were chosen a restore may have begun. */
+static int free_ones(const struct lb_ckpt_host *h, const char *vm, const uint32_t *numbers, unsigned n,
+                     uint32_t **out, unsigned *n_out, struct lb_error *err)
+{
+    LB_AUTO_FREE struct lb_vm_entry *vms = NULL;
+    const struct lb_vm_entry *who;
+    unsigned n_vms = 0;
+    char ref[160];
+
+    if (lb_vm_entry_list(h->env.state_dir, &vms, &n_vms, err))
+        return -1;
+    *out = lb_alloc((n + 1) * sizeof(**out));
+    *n_out = 0;
+    for (unsigned i = 0; i < n; i++) {
+        lb_ckpt_number_ref(ref, vm, numbers[i]);
+        who = who_needs(vms, n_vms, ref);
+        if (who)
+            lb_log(LB_LOG_INFO, "%s stays: VM %s (%s) needs it", ref, who->name, lb_vm_state_name(who->state));
+        else
+            (*out)[(*n_out)++] = numbers[i];
+    }
+    return 0;
+}
+
 int lb_ckpt_remove(const struct lb_ckpt_host *h, struct sess *s, const char *vm, bool vm_locked,
                    const uint32_t *numbers, unsigned n, const struct lb_ckpt_key *key,
                    void (*progress)(uint64_t done, uint64_t total, void *arg), void *arg,
@@ -197,13 +231,15 @@ int lb_ckpt_remove(const struct lb_ckpt_host *h, struct sess *s, const char *vm,
     struct joiner j = {.h = h, .s = s, .vm = vm, .locked = vm_locked, .lock = -1};
     const struct lb_image_join join = {join_images, &j};
     LB_AUTO_FD int lock = lb_catalog_lock(h->catalog_dir, vm, CATALOG_WAIT_MS, err);
+    LB_AUTO_FREE uint32_t *unneeded = NULL;
     struct lb_vm_entry e;
+    unsigned n_unneeded;
     bool here = !lb_vm_entry_load(h->env.state_dir, vm, &e, NULL) && e.state == LB_VM_RUNNING;
     int rc;
 
-    if (lock < 0)
+    if (lock < 0 || free_ones(h, vm, numbers, n, &unneeded, &n_unneeded, err))
         return -1;
-    rc = lb_catalog_remove(h->catalog_dir, vm, numbers, n, key, here ? &join : NULL, progress, arg,
+    rc = lb_catalog_remove(h->catalog_dir, vm, unneeded, n_unneeded, key, here ? &join : NULL, progress, arg,
                            lb_sess_cancel_fd(s), res, err);
     lb_hv_detach(j.hv);
     lb_cleanup_fd(&j.lock);
@@ -254,17 +290,6 @@ static int check_cancel(const struct task *t, struct lb_error *err)
     struct pollfd p = {.fd = lb_sess_cancel_fd(t->s), .events = POLLIN};
 
     return poll(&p, 1, 0) > 0 ? lb_fail(err, LB_E_CANCELLED, "cancelled") : 0;
-}
-
-/* The VM that cannot do without the checkpoint: it is one, or it still reads it. NULL: none. */
-static const struct lb_vm_entry *needed_by(const struct task *t, const char *ref)
-{
-    for (unsigned i = 0; i < t->n_vms; i++)
-        if (!strcmp(t->vms[i].checkpoint, ref) &&
-            (t->vms[i].state == LB_VM_SUSPENDED || t->vms[i].state == LB_VM_RESTORING ||
-             t->vms[i].state == LB_VM_FILLING))
-            return &t->vms[i];
-    return NULL;
 }
 
 /* ---- verify */
@@ -436,6 +461,7 @@ static json_t *remove_all(struct task *t, const struct doomed *v, unsigned n, st
 {
     struct lb_prune_result sum = {0};
     json_t *o = json_object();
+    unsigned wanted = 0;
 
     if (t->r->dry_run) {
         json_object_set_new(o, "would_remove", refs_json(v, n));
@@ -449,6 +475,11 @@ static json_t *remove_all(struct task *t, const struct doomed *v, unsigned n, st
             lb_ckpt_remove(&t->host, t->s, v[i].vm, false, v[i].numbers, v[i].n, t->key, on_progress, t, &res,
                            err);
         add_result(&sum, &res);
+        wanted += v[i].n;
+    }
+    if (!err->code && !strcmp(t->r->op, "rm") && sum.removed < wanted) {
+        lb_fail(err, LB_E_STATE, "a VM has begun to need %u of %u meanwhile: they stay", wanted - sum.removed, wanted);
+        lb_remedy(err, "wait until `lifeboat ls` says running of all VMs, then try again");
     }
     if (err->code) {
         json_decref(o);
@@ -465,7 +496,7 @@ static json_t *remove_all(struct task *t, const struct doomed *v, unsigned n, st
 
 static int may_remove(const struct task *t, const struct lb_ckpt_entry *e, struct lb_error *err)
 {
-    const struct lb_vm_entry *vm = needed_by(t, e->ref);
+    const struct lb_vm_entry *vm = who_needs(t->vms, t->n_vms, e->ref);
 
     if (!vm || (vm->state == LB_VM_SUSPENDED && t->r->force))
         return 0;
@@ -481,7 +512,7 @@ static int may_remove(const struct task *t, const struct lb_ckpt_entry *e, struc
  * without its file could not. */
 static int forget_vm(const struct task *t, const struct lb_ckpt_entry *e, struct lb_error *err)
 {
-    const struct lb_vm_entry *vm = needed_by(t, e->ref);
+    const struct lb_vm_entry *vm = who_needs(t->vms, t->n_vms, e->ref);
     struct lb_vm_entry now;
 
     if (!vm || t->r->dry_run)
@@ -534,7 +565,7 @@ static int prune_vm(struct task *t, const char *vm, struct doomed **v, unsigned 
         return -1;
     for (unsigned i = 0; i < count; i++) {
         lb_ckpt_number_ref(ref, vm, numbers[i]);
-        if (!needed_by(t, ref))
+        if (!who_needs(t->vms, t->n_vms, ref))
             doom(v, n, vm, numbers[i]);
     }
     return 0;
