@@ -317,6 +317,10 @@ static char *op_release(struct daemon *d, const Lb__RpcName *r, struct lb_error 
     lock = take(d, r->name, &e, err);
     if (lock < 0 || (!r->force && check_undecided(&e, "release", err)))
         return NULL;
+    if (e.state == LB_VM_FILLING) { /* nobody would ever give its guest the rest of its memory */
+        lb_ckpt_refuse(d, &e, err);
+        return NULL;
+    }
     o = lb_entry_to_json(&e);
     if (lb_vm_entry_remove(d->opt.state_dir, r->name, err)) {
         json_decref(o);
