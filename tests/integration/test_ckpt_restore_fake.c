@@ -13,6 +13,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/eventfd.h>
 
@@ -97,19 +98,24 @@ static lb_fake_id guest_of(const char *name)
     return strtoull(e.qmp_path + strlen("fake:"), NULL, 10);
 }
 
-static void boot(void)
+static void boot_as(const struct lb_fake_config *c)
 {
     struct lb_vm_entry e = {.name = "vm", .hypervisor = "fake", .origin = "run"};
     struct lb_fake_stats st;
     lb_fake_id id;
     char address[32];
 
-    assert_int_equal(lb_fake_start(&idle, &id, NULL), 0);
+    assert_int_equal(lb_fake_start(c, &id, NULL), 0);
     snprintf(e.qmp_path, sizeof(e.qmp_path), "%s", lb_fake_address(id, address));
     assert_int_equal(lb_proc_identify(getpid(), &e.proc, NULL), 0);
     assert_int_equal(lb_vm_entry_save(dir, &e, NULL), 0);
     assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
     nonce = st.nonce;
+}
+
+static void boot(void)
+{
+    boot_as(&idle);
 }
 
 /* It runs, it is the one that was, and all its memory is as it left it. */
@@ -399,6 +405,61 @@ static void test_run_late(void **state)
     }
 }
 
+struct late {
+    pthread_t thread;
+    enum end how;
+    struct lb_error err;
+};
+
+static void *late_main(void *arg)
+{
+    struct lb_restore_opts o = {.as = "other", .eager = true};
+    struct lb_ckpt_env env = {.state_dir = dir, .catalog_dir = catalog, .hv = &lb_hv_fake, .cancel_fd = -1};
+    struct lb_restore_result res;
+    struct late *l = arg;
+    struct lb_fill *f;
+
+    l->how = lb_ckpt_restore(&env, "vm@1", &o, &f, &res, &l->err) ? FAILED : FILLED;
+    return NULL;
+}
+
+/* The checkpoint goes after the restore has begun, before it has the catalog: its images may be the guest's again then. */
+static void test_removed_meanwhile(void **state)
+{
+    LB_AUTO_FREE char *disk = lb_asprintf("%s/d.img", dir), *file = lb_asprintf("%s/vm/1.lbc", catalog);
+    LB_AUTO_FREE char *overlay = lb_asprintf("%s/other.lb-1.qcow2", dir);
+    struct lb_fake_config c = idle;
+    struct lb_ckpt_env env = env_here();
+    struct lb_take_opts o = {.full = true};
+    struct lb_take_result res;
+    struct lb_vm_entry e;
+    struct late l = {.err = LB_ERROR_INIT};
+    int lock;
+
+    (void)state;
+    c.disk_bytes = 1 << 20;
+    c.disk_path = disk;
+    close(open(disk, O_RDWR | O_CREAT, 0600));
+    assert_int_equal(truncate(disk, 1 << 20), 0);
+    boot_as(&c);
+    e = entry_of("vm");
+    assert_int_equal(lb_ckpt_take(&env, &e, &o, &res, NULL), 0);
+    lock = lb_catalog_lock(catalog, "vm", 0, NULL);
+    assert_true(lock >= 0);
+    assert_int_equal(pthread_create(&l.thread, NULL, late_main, &l), 0);
+    for (int i = 0; i < 5000 && lb_vm_entry_load(dir, "other", &e, NULL); i++)
+        lb_sleep_ms(1);
+    lb_sleep_ms(200); /* it has read what it wants to */
+    assert_int_equal(unlink(file), 0);
+    close(lock);
+    assert_int_equal(pthread_join(l.thread, NULL), 0);
+    assert_int_equal(l.how, FAILED);
+    assert_int_equal(l.err.code, LB_E_NOT_FOUND);
+    assert_int_equal(access(overlay, F_OK), -1);
+    assert_int_equal(lb_vm_entry_load(dir, "other", &e, NULL), -1);
+    assert_good("vm");
+}
+
 static void test_cancel(void **state)
 {
     struct lb_restore_opts o = {.eager = true};
@@ -468,6 +529,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_resume, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_removed_meanwhile, setup, teardown),
         cmocka_unit_test_setup_teardown(test_paused, setup, teardown),
         cmocka_unit_test_setup_teardown(test_others, setup, teardown),
         cmocka_unit_test_setup_teardown(test_clones, setup, teardown),
