@@ -457,6 +457,26 @@ static void test_no_disk(void **state)
     assert_good(res.ref, id, false);
 }
 
+/* The VM ran on another host that used the same number: an image of that name is in its chain, and stays. */
+static void test_name_in_use(void **state)
+{
+    LB_AUTO_FREE char *there = lb_asprintf("%s.lb-vm-1", disk), *ours = lb_asprintf("%s.lb-vm-2", disk);
+    struct lb_take_opts o = {0};
+    struct lb_take_result res;
+    struct lb_vm_entry e;
+    struct stat st;
+    lb_fake_id id = boot(&busy, &e);
+
+    (void)state;
+    close(open(there, O_RDWR | O_CREAT, 0600));
+    take(&o, &res, NULL);
+    assert_good("vm@2", id, true);
+    assert_int_equal(stat(there, &st), 0);
+    assert_int_equal(st.st_size, 0);
+    assert_int_equal(access(ours, F_OK), 0);
+    assert_int_equal(unlink(there), 0);
+}
+
 static void test_refused(void **state)
 {
     static const enum lb_vm_state not[] = {LB_VM_MIGRATING_OUT, LB_VM_INCOMING, LB_VM_HANDED_OVER, LB_VM_DEAD,
@@ -845,6 +865,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(test_live), T(test_live_no_map), T(test_increments), T(test_rounds),
         T(test_little_room), T(test_suspend), T(test_paused), T(test_no_disk),
+        T(test_name_in_use),
         T(test_refused), T(test_cancel), T(test_undo_later), T(test_faults_live), T(test_faults_suspend),
         T(test_recover_pause), T(test_recover_committed), T(test_recover_suspended), T(test_full_disk),
     };
