@@ -9,7 +9,7 @@
  *   restore   OPEN     chain, key, disks as they were; overlays on the frozen images (a resume uses the disks themselves)
  *             LAUNCH   receiver; lazy: memory that waits for its pages, device blocks and the state's pages first
  *             LOAD     state loaded, paused
- *             RUN      entry FILLING (lazy) or RUNNING (fsync), then it runs; from here it never goes back
+ *             RUN      entry FILLING (fsync), then it runs; from here it never goes back; all memory there: RUNNING
  *   fill      hot pages, faults first; then everything; entry RUNNING; a suspend's file is removed
  *
  *   entry state    meaning                                      after a crash (lb_ckpt_recover)

@@ -555,11 +555,14 @@ static int was_filled(const struct lb_ckpt_env *env, const struct lb_vm_entry *v
         rc = lb_hv_status(h, &alive, &running, err);
     if (!rc && !running)
         rc = lb_hv_cont(h, err);
+    if (!rc && !running && lb_hv_announce(h, NULL))
+        lb_log(LB_LOG_WARN, "VM %s is not announced to the network", vm->name);
     lb_hv_detach(h);
     if (rc)
         return -1;
     entry.state = LB_VM_RUNNING;
     entry.checkpoint[0] = '\0';
+    snprintf(entry.note, sizeof(entry.note), "%s %s", ck->info.meta.suspend ? "resumed from" : "restored from", ck->ref);
     if (lb_vm_entry_save(env->state_dir, &entry, err))
         return -1;
     if (ck->info.meta.suspend)

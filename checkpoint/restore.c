@@ -2,11 +2,12 @@
  * checkpoint/restore.c - a VM out of a checkpoint.
  *
  *      check -> entry RESTORING -> overlays -> receiver -> memory (all, or what waits for its pages) -> state
- *            -> entry FILLING or RUNNING -> run                                            (restore_internal.h)
+ *            -> entry FILLING -> run -> entry RUNNING, unless memory still comes            (restore_internal.h)
  *
- * The file is opened by a second thread while the hypervisor starts.  Until the entry says FILLING or RUNNING every
- * failure ends in undo(): no process, no overlay, and the entry as it was before.  After it the guest is here; a
- * hypervisor that then refuses to run it (a disk that somebody took) is known not to run it before anything is undone.
+ * The file is opened by a second thread while the hypervisor starts.  Until the entry says FILLING (of one that stays
+ * paused: RUNNING) every failure ends in undo(): no process, no overlay, and the entry as it was before.  After it the
+ * guest is here; a hypervisor that then refuses to run it (a disk that somebody took) is known not to run it before
+ * anything is undone.
  */
 #include "checkpoint/restore_internal.h"
 
@@ -266,15 +267,21 @@ static int runs_anyway(struct lb_restore *r, const struct lb_error *why)
     return -1;
 }
 
+static void make_complete(struct lb_restore *r)
+{
+    r->entry.state = LB_VM_RUNNING;
+    r->entry.checkpoint[0] = '\0';
+    snprintf(r->entry.note, sizeof(r->entry.note), "%s %s", r->own ? "resumed from" : "restored from", r->ck.ref);
+}
+
+/* One with all its memory is FILLING, too, until it runs: whoever comes after us then has to make it run. */
 static int decide(struct lb_restore *r, struct lb_error *err)
 {
     if (r->fill && lb_fill_decide(r->fill, true, err))
         return -1;
-    r->entry.state = r->fill ? LB_VM_FILLING : LB_VM_RUNNING;
-    if (!r->fill) {
-        r->entry.checkpoint[0] = '\0';
-        snprintf(r->entry.note, sizeof(r->entry.note), "%s %s", r->own ? "resumed from" : "restored from", r->ck.ref);
-    }
+    r->entry.state = LB_VM_FILLING;
+    if (r->paused)
+        make_complete(r);
     if (save_entry(r, err))
         return -1; /* the file may say so all the same: undo writes it again, whatever it says */
     if (r->fill)
@@ -308,7 +315,12 @@ static int run(struct lb_restore *r, struct lb_error *err)
     if (!r->paused && lb_hv_announce(handle(r), &why))
         lb_log_error(LB_LOG_WARN, &why);
     lb_restore_keep_disks(r->env, r->entry.name);
-    if (r->own && !r->fill)
+    if (r->fill)
+        return 0;
+    make_complete(r);
+    if (save_entry(r, &why)) /* recovery writes it, and removes the file then */
+        lb_log_error(LB_LOG_WARN, &why);
+    else if (r->own)
         lb_fill_remove_file(r->ck.path);
     return 0;
 }
@@ -353,6 +365,7 @@ static int receive(struct lb_restore *r, struct lb_error *err)
 
     /* By which the receiver is found, should we die before it is known. */
     snprintf(r->entry.qmp_path, sizeof(r->entry.qmp_path), "%s/qmp.sock", dir);
+    lb_restore_keep_disks(r->env, r->entry.name); /* those of an earlier VM of that name: not ours to undo */
     if (save_entry(r, err))
         return -1;
     r->registered = true;

@@ -215,7 +215,6 @@ int lb_restore_disks(struct lb_restore *r, struct lb_error *err)
 {
     const struct lb_ckpt_entry *ck = &r->ck;
 
-    lb_restore_keep_disks(r->env, r->entry.name); /* those of an earlier VM of that name */
     if (ck->info.meta.no_disk || !ck->n_disks)
         return 0;
     r->disks = lb_alloc(sizeof(*r->disks) * ck->n_disks);

@@ -35,7 +35,7 @@
  *   checkpoints (checkpoint/)
  *   take-opened    nothing touched yet            restore-launched  receiver started
  *   take-copied    rounds done, still running     restore-loaded    state loaded, paused
- *   take-paused    guest stopped                  restore-decided   entry FILLING or RUNNING
+ *   take-paused    guest stopped                  restore-decided   entry FILLING
  *   take-written   all in the temporary file      fill-begun        it runs, nothing filled
  *   take-committed the file has its name          fill-half         half of it is there
  *   suspend-decided entry SUSPENDED

@@ -475,6 +475,19 @@ static void test_killed(void **state)
         assert_true(after.nonce == before.nonce);
         take(true, NULL);
     }
+    /* all memory is there, and nobody has made it run */
+    o.eager = true;
+    killed_at("restore-decided", "t@suspend", &o);
+    o.eager = false;
+    assert_int_equal(entry_of("t").state, LB_VM_FILLING);
+    assert_true(recover("t"));
+    struct lb_vm_entry waiting = entry_of("t");
+    OK(lb_ckpt_refill(&m.env, &waiting, NULL, err));
+    assert_int_equal(entry_of("t").state, LB_VM_RUNNING);
+    assert_false(exists("state/checkpoints/t/suspend.lbc"));
+    after = wait_good("t");
+    assert_true(after.nonce == before.nonce);
+    take(true, NULL);
     /* of another VM: nothing is left of it */
     restore("t@suspend", &o);
     take(false, NULL);
