@@ -140,13 +140,17 @@ struct word {
 static void show_taken(const json_t *o)
 {
     char raw[32], file[32], pause[32], total[32];
+    long long pages = (long long)lb_jint(o, "pages");
 
-    printf("%s: %s%s%s, paused %s, %s in all; %lld pages of %s changed, %s on disk\n", lb_jstr(o, "ref"),
+    printf("%s: %s%s%s, paused %s, %s in all; ", lb_jstr(o, "ref"),
            lb_jbool(o, "increment") ? "increment" : "full", lb_jbool(o, "encrypted") ? ", encrypted" : "",
            lb_jint(o, "disks") ? ", with disks" : "", lb_span(pause, sizeof(pause), lb_jnum(o, "pause_ms")),
-           lb_span(total, sizeof(total), lb_jnum(o, "total_ms")),
-           (long long)(lb_jint(o, "stored_pages") + lb_jint(o, "same_pages")),
-           lb_human_bytes(raw, sizeof(raw), lb_jnum(o, "raw_bytes")), lb_human_bytes(file, sizeof(file), lb_jnum(o, "file_bytes")));
+           lb_span(total, sizeof(total), lb_jnum(o, "total_ms")));
+    if (lb_jbool(o, "increment"))
+        printf("%lld of %lld pages changed", pages - (long long)lb_jint(o, "unchanged_pages"), pages);
+    else
+        printf("%s of memory", lb_human_bytes(raw, sizeof(raw), lb_jnum(o, "raw_bytes")));
+    printf(", %s on disk\n", lb_human_bytes(file, sizeof(file), lb_jnum(o, "file_bytes")));
 }
 
 static void show_schedule(const json_t *o)

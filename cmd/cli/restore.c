@@ -119,6 +119,7 @@ static int run_restore(struct lb_cli *cli, int argc, char **argv)
     Lb__RpcRestore m = LB__RPC_RESTORE__INIT;
     Lb__RpcKey key = LB__RPC_KEY__INIT;
     struct lb_error err = LB_ERROR_INIT;
+    char vm[128];
     int rc;
 
     lb_parse("restore", &argp, 0, argc, argv, &a);
@@ -133,10 +134,11 @@ static int run_restore(struct lb_cli *cli, int argc, char **argv)
     m.key = &key;
     m.taps = a.tap_list;
     m.n_taps = a.n_taps;
-    a.watch.vm = a.as ? a.as : a.ref;
+    snprintf(vm, sizeof(vm), "%.*s", (int)strcspn(a.ref, "@"), a.ref);
+    a.watch.vm = a.as ? a.as : vm;
     r.kind_case = LB__RPC_REQUEST__KIND_RESTORE;
     r.restore = &m;
-    rc = lb_watch(&a.watch, &r, lb_show_restored, lb_show_running);
+    rc = lb_watch(&a.watch, &r, lb_show_restored, a.wait ? lb_show_running : NULL);
     lb_key_wipe(&key);
     return rc;
 }

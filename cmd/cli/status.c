@@ -102,7 +102,7 @@ static void show(const json_t *o)
         protection(o);
     if (!json_is_object(s))
         return;
-    printf("%-12s%s, host %s, process %lld, %s\n", "session", lb_jstr(s, "role"),
+    printf("%-12s%s%s%s, process %lld, %s\n", "session", lb_jstr(s, "role"), lb_jstr(s, "host")[0] ? ", host " : "",
            lb_jstr(s, "host"), (long long)lb_jint(s, "pid"), lb_jstr(s, "id"));
     if (json_is_object(p))
         progress(p);

@@ -57,6 +57,11 @@ static const struct argp_child children[] = {{&lb_json_argp, 0, NULL, 0}, {&lb_k
 
 /* ---------------------------------------------------------------------- all of them */
 
+static bool has_key(const struct args *a)
+{
+    return a->key.file || a->key.ask || a->key.passphrase_file;
+}
+
 static void on_vm(const json_t *ev)
 {
     const char *remedy = lb_jstr(ev, "remedy");
@@ -118,7 +123,7 @@ static int run_suspend(struct lb_cli *cli, int argc, char **argv)
     int rc;
 
     lb_parse("suspend", &argp, 0, argc, argv, &a);
-    if (a.all && (a.key.file || a.key.ask || a.key.passphrase_file)) {
+    if (a.all && has_key(&a)) {
         lb_fail(&err, LB_E_USAGE, "a key cannot be given for all VMs");
         lb_remedy(&err, "set checkpoint-key in lifeboatd.conf(5)");
         return lb_cli_fail(cli, &err);
@@ -149,7 +154,7 @@ const struct lb_cmd lb_cmd_suspend = {"suspend", "NAME|--all", "Write a VM to di
 static int run_resume(struct lb_cli *cli, int argc, char **argv)
 {
     static const struct argp_option options[] = {
-        {"all", OPT_ALL, NULL, 0, "Those that `lifeboat suspend --all` suspended", 0},
+        {"all", OPT_ALL, NULL, 0, "Those that `lifeboat suspend --all` suspended; with a key: those that run and wait for it", 0},
         {"eager", OPT_EAGER, NULL, 0, "Read all memory first, run then", 0},
         {"wait", OPT_WAIT, NULL, 0, "Return when all memory is there, not when the guest runs", 0},
         {"force", OPT_FORCE, NULL, 0, "Although a disk has changed since: the guest does not know that", 0},
@@ -167,13 +172,20 @@ static int run_resume(struct lb_cli *cli, int argc, char **argv)
     int rc;
 
     lb_parse("resume", &argp, 0, argc, argv, &a);
-    if (a.all) {
+    if (a.all && !has_key(&a)) {
         r.kind_case = LB__RPC_REQUEST__KIND_RESUME_ALL;
         r.resume_all = &all;
         return lb_watch(&a.watch, &r, show_all, on_vm);
     }
     if (lb_key_get(&a.key, false, &key, &err) < 0)
         return lb_cli_fail(cli, &err);
+    if (a.all) {
+        r.kind_case = LB__RPC_REQUEST__KIND_FILL_KEY;
+        r.fill_key = &key;
+        rc = lb_watch(&a.watch, &r, show_all, on_vm);
+        lb_key_wipe(&key);
+        return rc;
+    }
     a.watch.vm = a.name;
     m.ref = a.name;
     m.resume = true;
@@ -183,7 +195,7 @@ static int run_resume(struct lb_cli *cli, int argc, char **argv)
     m.key = &key;
     r.kind_case = LB__RPC_REQUEST__KIND_RESTORE;
     r.restore = &m;
-    rc = lb_watch(&a.watch, &r, lb_show_restored, lb_show_running);
+    rc = lb_watch(&a.watch, &r, lb_show_restored, a.wait ? lb_show_running : NULL);
     lb_key_wipe(&key);
     return rc;
 }

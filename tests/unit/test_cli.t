@@ -203,6 +203,12 @@ a "suspend --all of nothing" 0 suspend --all --json
 json_has "o == {'done': [], 'failed': [], 'left': []}"
 a "resume --all of nothing" 0 resume --all
 out_has "0 done, 0 failed"
+head -c 32 /dev/urandom >"$dir/key"
+chmod 600 "$dir/key"
+a "resume --all with a key" 0 resume --all --key "$dir/key" --json
+json_has "o == {'done': [], 'failed': [], 'left': []}"
+chmod 644 "$dir/key"
+failure "a key that others may read" 8 auth restore ghost --key "$dir/key"
 for word in "suspend" "suspend vm --all" "resume vm x" "restore" "restore vm@1 --tap tap0" "restore vm@1 --tap =x" "clone vm@1" \
     "clone vm@1 0" "clone vm@1 257" "clone vm@1 2 3" "checkpoint" "checkpoint vm x" "checkpoint vm --every 9s" "checkpoint vm --every often" \
     "checkpoint vm --every 1m --keep 0" "checkpoint vm --level 20" "checkpoint show" "checkpoint export vm@1" "checkpoint prune --older 0d" \
