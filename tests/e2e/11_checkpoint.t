@@ -344,7 +344,7 @@ QUICK = {"checkpoint/take-paused/session", "checkpoint/take-written/lifeboat", "
          "suspend/take-paused/lifeboat", "suspend/take-written/session", "suspend/take-committed/session",
          "suspend/suspend-decided/lifeboat", "resume/restore-launched/session", "resume/restore-loaded/lifeboat",
          "resume/restore-decided/session", "resume/fill-begun/lifeboat", "resume/fill-half/session", "resume/fill-half/daemon",
-         "restore/restore-loaded/session", "restore/fill-half/lifeboat", "rm/rm-rewritten/session", "rm/rm-joining/lifeboat",
+         "resume-eager/restore-decided/session", "restore/restore-loaded/session", "restore/fill-half/lifeboat", "rm/rm-rewritten/session", "rm/rm-joining/lifeboat",
          "rm/rm-joined/session", "import/import-disks/session"}
 
 
