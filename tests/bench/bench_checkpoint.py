@@ -457,7 +457,7 @@ def print_case(case):
 
 def bench_size(memory_mb, arguments):
     case = {"memory_mb": memory_mb, "runs": [], "live": []}
-    with Fleet("lbckpt", hosts="A") as fleet:
+    with Fleet("lbstore", hosts="A") as fleet:
         # What the client knows of the guest's address must not run out while the guest is on disk.
         fleet.client.ip("neigh", "replace", GUEST_IP, "lladdr", GUEST_MAC, "dev", "eth0", "nud", "permanent")
         for _ in range(arguments.runs):
