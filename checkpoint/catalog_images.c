@@ -361,6 +361,19 @@ static bool imported(const struct reduce *r, const char *path)
            !path[strlen(parent) + (size_t)end] && lb_same_file(vm_dir, parent);
 }
 
+/* Is path an image of a checkpoint of this catalog, or was it? */
+static bool in_books(const struct lb_disks *d, const char *path)
+{
+    for (unsigned i = 0; i < d->n_of; i++)
+        for (unsigned k = 0; k < d->of[i].n; k++)
+            if (lb_same_file(d->of[i].v[k].path, path))
+                return true;
+    for (unsigned i = 0; i < d->n_spare; i++)
+        if (lb_same_file(d->spare[i].path, path))
+            return true;
+    return false;
+}
+
 /* Can base be joined with what stands on it? Then *j says how. */
 static bool can_join(struct reduce *r, const struct lb_ckpt_disk *base, struct lb_disks_joining *j)
 {
@@ -373,6 +386,9 @@ static bool can_join(struct reduce *r, const struct lb_ckpt_disk *base, struct l
         if (lb_same_file(r->d->users[i].image, j->top) && strcmp(r->d->users[i].user, r->vm))
             return false;
     if (standing_on(r->dir, r->vm, r->d, j->top, j->above) > 1)
+        return false;
+    /* Frozen, but not here: the VM was on another host meanwhile, and a checkpoint there has it. */
+    if (j->above[0] && !in_books(r->d, j->top))
         return false;
     /* Nothing stands on top, yet a guest writes to base: it was started from that image again, and what it had written
      * before is in top alone.  It would also look as a join does that came to its end. */

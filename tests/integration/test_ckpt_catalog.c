@@ -407,6 +407,27 @@ static void test_started_from_base(void **s)
     end_vm(&v);
 }
 
+/* A checkpoint that was taken while the VM was on another host: its image is one of the chain, and in no book here. */
+static void test_frozen_elsewhere(void **s)
+{
+    (void)s;
+    struct vm v = {0};
+    struct lb_prune_result res;
+    LB_AUTO_FD int held = lock();
+    make_vm(&v, 3);
+    LB_AUTO_FREE char *sum = guest(&v), *theirs = image("web.lb-1.qcow2");
+    LB_AUTO_FREE char *file = lb_asprintf("%s/web/2.lbc", cat), *away = lb_asprintf("%s/2.lbc", dir);
+    assert_int_equal(rename(file, away), 0);
+    OK(rm((uint32_t[]){1}, 1, &v, &res, err));
+    assert_int_equal(res.images_joined, 0);
+    assert_int_equal(res.images_kept, 1);
+    LB_AUTO_FREE char *their_sum = sum_of(theirs, "qcow2");
+    assert_string_equal(their_sum, v.disk[2]);
+    LB_AUTO_FREE char *after = guest(&v);
+    assert_string_equal(after, sum);
+    end_vm(&v);
+}
+
 /* Killed on the way, at every point of it. */
 static void check_death(const char *point, uint32_t number)
 {
@@ -671,7 +692,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(test_oldest_goes), T(test_some_go), T(test_later), T(test_user_on_base), T(test_user_on_top),
         T(test_user_not_said), T(test_user_elsewhere), T(test_user_of_another_catalog), T(test_join_refused),
-        T(test_started_from_base), T(test_name_of_an_operator),
+        T(test_started_from_base), T(test_frozen_elsewhere), T(test_name_of_an_operator),
         T(test_death_before), T(test_death_unlinked), T(test_death_joining), T(test_death_in_join), T(test_death_joined),
         T(test_export_import), T(test_export_no_disk_and_cancel), T(test_import_refuses), T(test_import_dies),
     };
