@@ -250,8 +250,7 @@ def part_catalog(port):
     t.ok(gone["removed"] == 1 and gone["joined"] == 1, "rm: the one that stands on it is written again", gone)
     gone = d.json("checkpoint", "prune", NAME, "--keep", "2", "--yes")
     left = fleet.checkpoints("a", NAME)
-    t.equal(sorted(left), sorted([refs[1], refs[2], refs[4]] if refs[2] in left else [refs[1], refs[4]]),
-            "prune leaves the latest and those with a label")
+    t.equal([ref for ref in refs if ref in left], [refs[1], refs[2], refs[4]], "prune leaves the latest two and those with a label")
     verified = d.json("checkpoint", "verify", *left)
     t.ok(verified["ok"], "what is left is whole", verified)
     port.clean("the guest noticed nothing of it, its disk is whole")
@@ -344,8 +343,8 @@ QUICK = {"checkpoint/take-paused/session", "checkpoint/take-written/lifeboat", "
          "suspend/take-paused/lifeboat", "suspend/take-written/session", "suspend/take-committed/session",
          "suspend/suspend-decided/lifeboat", "resume/restore-launched/session", "resume/restore-loaded/lifeboat",
          "resume/restore-decided/session", "resume/fill-begun/lifeboat", "resume/fill-half/session", "resume/fill-half/daemon",
-         "resume-eager/restore-decided/session", "restore/restore-loaded/session", "restore/fill-half/lifeboat", "rm/rm-rewritten/session", "rm/rm-joining/lifeboat",
-         "rm/rm-joined/session", "import/import-disks/session"}
+         "resume-eager/restore-decided/session", "restore/restore-loaded/session", "restore/fill-half/lifeboat",
+         "rm/rm-rewritten/session", "rm/rm-joining/lifeboat", "rm/rm-joined/session", "import/import-disks/session"}
 
 
 class Kill:
@@ -582,6 +581,7 @@ def part_protect(port):
     if fleet.state("b", "guarded") == "protected":
         fleet.db.cli("unprotect", "guarded")
     fleet.stop("b", "guarded")
+    wait_for(lambda: not port.qemus(), 30, "the tap being free", 0.1)
     d.cli("resume", NAME)
     fleet.wait_running("a", NAME)
 

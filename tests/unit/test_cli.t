@@ -205,8 +205,7 @@ a "resume --all of nothing" 0 resume --all
 out_has "0 done, 0 failed"
 head -c 32 /dev/urandom >"$dir/key"
 chmod 600 "$dir/key"
-a "resume --all with a key" 0 resume --all --key "$dir/key" --json
-json_has "o == {'done': [], 'failed': [], 'left': []}"
+failure "resume --all with a key nobody waits for" 3 not-found resume --all --key "$dir/key"
 chmod 644 "$dir/key"
 failure "a key that others may read" 8 auth restore ghost --key "$dir/key"
 for word in "suspend" "suspend vm --all" "resume vm x" "restore" "restore vm@1 --tap tap0" "restore vm@1 --tap =x" "clone vm@1" \
