@@ -298,6 +298,13 @@ def part_damage(port):
     port.clean("the guest goes on")
     first = port.checkpoint("--full")
     second = port.checkpoint()
+    flip(first["path"], first["file_bytes"] // 2)
+    done = d.cli("checkpoint", "verify", first["ref"], second["ref"], check=False)
+    t.ok(done.returncode != 0 and first["ref"] + ": DAMAGED" in done.stdout, "damage of what an increment stands on is found", done.stdout)
+    done = d.cli("restore", second["ref"], "--as", "bad", "--tap", "tap0=lone0", "--eager", check=False)
+    t.ok(done.returncode != 0 and first["ref"] in done.stderr and fleet.state("a", "bad") is None, "and named when that is restored",
+         done.stdout + done.stderr)
+    flip(first["path"], first["file_bytes"] // 2)
     os.rename(first["path"], first["path"] + ".away")
     port.refused("a missing parent is named", "parent", "restore", second["ref"], "--as", "bad", "--tap", "tap0=lone0")
     os.rename(first["path"] + ".away", first["path"])
