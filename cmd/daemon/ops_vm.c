@@ -590,6 +590,15 @@ static json_t *recover_one(struct daemon *d, const char *name, struct lb_error *
     json_t *o = json_object();
 
     json_object_set_new(o, "name", lb_json_text(name));
+    /* Its session ends when all is there, however long that takes: there is nothing to recover. */
+    if (!lb_vm_entry_load(d->opt.state_dir, name, &e, NULL) && e.state == LB_VM_FILLING &&
+        lb_vm_is_locked(d->opt.state_dir, name)) {
+        snprintf(text, sizeof(text), "%s: its memory still comes from %s", name, e.checkpoint);
+        json_object_set_new(o, "ok", json_true());
+        json_object_set_new(o, "text", lb_json_text(text));
+        json_object_set_new(o, "state", json_string(lb_vm_state_name(e.state)));
+        return o;
+    }
     LB_AUTO_FD int lock = lb_vm_lock_patiently(d->opt.state_dir, name, RECOVER_LOCK_WAIT_MS, err);
     if (lock < 0) {
         json_object_set_new(o, "ok", json_false());
