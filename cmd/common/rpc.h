@@ -10,7 +10,7 @@
 #include "core/core.h"
 
 #define LB_VERSION "0.1.0"
-#define LB_RPC_MAX_BYTES (1u << 20)
+#define LB_RPC_MAX_BYTES (16u << 20) /* a catalog of 10,000 checkpoints as JSON is 6 MB */
 #define LB_DEFAULT_SOCKET "/run/lifeboat/lifeboat.sock"
 #define LB_DEFAULT_STATE_DIR "/var/lib/lifeboat"
 #define LB_RPC_COMPRESS_CONFIGURED 255u
