@@ -3,6 +3,8 @@
  */
 #include "checkpoint/take.h"
 
+#include "checkpoint/catalog_internal.h"
+
 #include <errno.h>
 #include <inttypes.h>
 #include <string.h>
@@ -176,9 +178,12 @@ static int choose_path(struct lb_take *t, struct lb_error *err)
             return lb_fail(err, LB_E_USAGE, "the path %s is too long", path);
         memcpy(t->path, path, strlen(path) + 1);
         snprintf(t->res->ref, sizeof(t->res->ref), "%s@suspend", vm);
-        /* The VM runs: this is not it. */
+        /* The VM runs: this is not it. Durably: after a crash of the host it would be taken for the new one. */
         if (unlink(path) < 0 && errno != ENOENT)
             return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot remove %s", path);
+        LB_AUTO_FREE char *folder = lb_asprintf("%s/%s", dir, vm);
+        if (lb_sync_dir(folder, err))
+            return -1;
     }
     snprintf(t->res->path, sizeof(t->res->path), "%s", t->path);
     return 0;
