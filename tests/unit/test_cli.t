@@ -91,7 +91,7 @@ eventually() { # eventually NAME COMMAND...
 }
 
 # ---- without a daemon
-commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host suspend resume checkpoint restore clone"
+commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host suspend resume checkpoint restore clone plan"
 run "--help" 0 --help
 for c in $commands; do [[ $out == *"  $c "* ]] || point "--help lists $c" 1 "$out"; done
 run "--version" 0 --version
@@ -111,6 +111,29 @@ err_has "remedy: start it"
 json_has "o['error']['code'] == 'net'"
 LIFEBOAT_SOCKET=$dir/other.sock run "\$LIFEBOAT_SOCKET" 7 ls
 err_has "$dir/other.sock"
+
+cat >"$dir/rack.json" <<'END'
+{"hosts": [{"name": "a", "memory_bytes": "8G", "link_bytes_per_s": "1Gbit"}, {"name": "b", "memory_bytes": "4G", "link_bytes_per_s": "1Gbit"}],
+ "vms": [{"name": "web", "host": "a", "memory_bytes": "2G"}, {"name": "big", "host": "b", "memory_bytes": "4000M"}]}
+END
+run "plan needs no daemon" 6 --host "$dir/none.sock" plan --inventory "$dir/rack.json" --evacuate b,a
+out_has "stays: web on a: there is no host to go to"
+run "plan --json" 0 plan --inventory "$dir/rack.json" --evacuate b --to a --parallel 2 --json
+json_has "[(s['vm'], s['to']) for s in o['steps']] == [('big', 'a')] and o['stays'] == [] and 31 < o['makespan_s'] < 35"
+json_has "[(h['name'], h['before_bytes'] >> 20, h['after_bytes'] >> 20) for h in o['hosts']] == [('a', 2048, 6048), ('b', 4000, 0)]"
+run "plan that says why not" 6 plan --inventory "$dir/rack.json" --evacuate a
+out_has "stays: web on a: host b lacks 1.9 GiB"
+run "plan of an unknown host" 3 plan --inventory "$dir/rack.json" --evacuate c
+err_has "there is no host \"c\""
+run "plan of nothing" 2 plan --inventory "$dir/rack.json"
+err_has "remedy: name it with --evacuate"
+echo '{"hosts": [{"name": "a"}], "vms": []}' >"$dir/bad.json"
+run "plan of a bad inventory" 2 plan --inventory "$dir/bad.json"
+err_has 'hosts[0] ("a").memory_bytes is missing'
+for word in "" "--inventory" "--inventory x --parallel 0" "--inventory x --hot x" "--inventory x y"; do
+    # shellcheck disable=SC2086 # words
+    run "plan $word" 2 plan $word
+done
 
 # ---- the daemon's own start
 port_a=$((20000 + RANDOM % 20000)) port_b=$((20000 + RANDOM % 20000))

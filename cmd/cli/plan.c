@@ -1,0 +1,278 @@
+/* cmd/cli/plan.c - lifeboat plan --inventory FILE: how hosts would be emptied; no daemon is asked */
+#include "cmd/cli/cli.h"
+
+#include <string.h>
+
+#include "migrate/plan.h"
+
+enum { OPT_INVENTORY = 256, OPT_EVACUATE, OPT_TO, OPT_PARALLEL, OPT_HOT };
+
+struct args {
+    struct lb_cli *cli;
+    const char *inventory;
+    char *evacuate, *to;         /* names, separated by commas; NULL: as the inventory says */
+    unsigned long parallel;      /* 0: auto */
+    enum lb_plan_hot hot;
+};
+
+static const struct argp_child children[] = {{&lb_json_argp, 0, NULL, 0}, {0}};
+
+static void append(char **list, const char *names)
+{
+    char *old = *list;
+
+    *list = old ? lb_asprintf("%s,%s", old, names) : lb_strdup(names);
+    free(old);
+}
+
+static enum lb_plan_hot parse_hot(const char *arg, struct argp_state *state)
+{
+    static const char *const names[] = {"throttle", "suspend", "leave"};
+
+    for (size_t i = 0; i < LB_ARRAY_LEN(names); i++)
+        if (!strcmp(arg, names[i]))
+            return (enum lb_plan_hot)i;
+    argp_error(state, "--hot takes throttle, suspend or leave");
+    return LB_PLAN_THROTTLE;
+}
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct args *a = state->input;
+
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = a->cli;
+        return 0;
+    case OPT_INVENTORY:
+        a->inventory = arg;
+        return 0;
+    case OPT_EVACUATE:
+        append(&a->evacuate, arg);
+        return 0;
+    case OPT_TO:
+        append(&a->to, arg);
+        return 0;
+    case OPT_PARALLEL:
+        if (strcmp(arg, "auto") && !lb_arg_number(arg, 1, 1000, &a->parallel))
+            argp_error(state, "--parallel takes auto, or a number from 1 to 1000");
+        return 0;
+    case OPT_HOT:
+        a->hot = parse_hot(arg, state);
+        return 0;
+    case ARGP_KEY_ARG:
+        argp_error(state, "unexpected argument \"%s\"", arg);
+        return 0;
+    case ARGP_KEY_END:
+        if (!a->inventory)
+            argp_error(state, "--inventory FILE is needed");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static int by_id(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* Replaces *set by the hosts of those names; ascending, each once. */
+static int hosts_of(const struct lb_inventory *inv, char *names, struct lb_inv_set *set, struct lb_error *err)
+{
+    char *save = NULL;
+    uint32_t n = 0;
+
+    if (!names)
+        return 0;
+    set->ids = lb_realloc(set->ids, (strlen(names) + 1) * sizeof(*set->ids));
+    set->n = 0;
+    for (char *name = strtok_r(names, ",", &save); name; name = strtok_r(NULL, ",", &save)) {
+        uint32_t h = lb_inv_host_find(inv, name);
+
+        if (h == LB_INV_NONE) {
+            lb_fail(err, LB_E_NOT_FOUND, "there is no host \"%.200s\" in the inventory", name);
+            return lb_remedy(err, "add it, or correct its name");
+        }
+        set->ids[set->n++] = h;
+    }
+    qsort(set->ids, set->n, sizeof(*set->ids), by_id);
+    for (uint32_t i = 0; i < set->n; i++)
+        if (!n || set->ids[n - 1] != set->ids[i])
+            set->ids[n++] = set->ids[i];
+    set->n = n;
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------ JSON */
+
+static json_t *step_json(const struct lb_inventory *inv, const struct lb_plan_step *t)
+{
+    return json_pack("{s:s, s:s, s:s, s:s, s:f, s:f, s:f, s:f, s:b, s:b, s:b}", "vm", inv->vms[t->vm].name, "kind",
+                     lb_plan_kind_name(t->kind), "from", inv->hosts[t->from].name, "to", inv->hosts[t->to].name,
+                     "start_s", t->start_s, "end_s", t->end_s, "downtime_ms", t->downtime_ms, "bytes", t->bytes,
+                     "alone", t->alone, "throttled", t->throttled, "suspended", t->suspended);
+}
+
+static void print_json(const struct lb_inventory *inv, const struct lb_plan *p)
+{
+    json_t *steps = json_array(), *stays = json_array(), *hosts = json_array(), *o;
+    char *text;
+
+    for (uint32_t i = 0; i < p->n_steps; i++)
+        json_array_append_new(steps, step_json(inv, &p->steps[i]));
+    for (uint32_t i = 0; i < p->n_stays; i++)
+        json_array_append_new(stays, json_pack("{s:s, s:s, s:b, s:s, s:s}", "vm", inv->vms[p->stays[i].vm].name, "host",
+                                               inv->hosts[inv->vms[p->stays[i].vm].host].name, "backup",
+                                               p->stays[i].backup, "reason", p->stays[i].reason, "remedy",
+                                               p->stays[i].remedy));
+    for (uint32_t h = 0; h < p->n_hosts; h++)
+        json_array_append_new(hosts, json_pack("{s:s, s:I, s:I, s:I, s:I, s:i}", "name", inv->hosts[h].name,
+                                               "memory_bytes", (json_int_t)inv->hosts[h].memory_bytes,
+                                               "reserved_bytes", (json_int_t)inv->hosts[h].reserved_bytes,
+                                               "before_bytes", (json_int_t)p->before[h], "after_bytes",
+                                               (json_int_t)p->after[h], "parallel", (int)p->parallel[h]));
+    o = json_pack("{s:o, s:o, s:o, s:f, s:f, s:f}", "steps", steps, "stays", stays, "hosts", hosts, "makespan_s",
+                  p->makespan_s, "bytes", p->bytes, "margin", p->margin);
+    text = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(12));
+    puts(text);
+    free(text);
+    json_decref(o);
+}
+
+/* ------------------------------------------------------------------------ for people */
+
+static void print_steps(const struct lb_inventory *inv, const struct lb_plan *p)
+{
+    static const char *const heads[] = {"START", "VM", "STEP", "FROM", "TO", "SENT", "TAKES", "DOWNTIME", "NOTE"};
+    struct lb_table *t = lb_table_new(LB_ARRAY_LEN(heads), heads);
+    char buf[32];
+
+    for (uint32_t i = 0; i < p->n_steps; i++) {
+        const struct lb_plan_step *s = &p->steps[i];
+
+        lb_table_cell(t, "%s", lb_span(buf, sizeof(buf), s->start_s * 1000));
+        lb_table_cell(t, "%s", inv->vms[s->vm].name);
+        lb_table_cell(t, "%s", lb_plan_kind_name(s->kind));
+        lb_table_cell(t, "%s", inv->hosts[s->from].name);
+        lb_table_cell(t, "%s", inv->hosts[s->to].name);
+        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf), s->bytes));
+        lb_table_cell(t, "%s", lb_span(buf, sizeof(buf), (s->end_s - s->start_s) * 1000));
+        lb_table_cell(t, "%s", lb_span(buf, sizeof(buf), s->downtime_ms));
+        lb_table_cell(t, "%s", s->suspended ? "suspended: too hot to converge" :
+                               s->throttled ? "throttled: too hot to converge" : s->alone ? "alone on its link" : "");
+    }
+    lb_table_print(t);
+}
+
+static void print_hosts(const struct lb_inventory *inv, const struct lb_plan *p)
+{
+    static const char *const heads[] = {"HOST", "MEMORY", "BEFORE", "AFTER", "FREE", "AT ONCE"};
+    struct lb_table *t = lb_table_new(LB_ARRAY_LEN(heads), heads);
+    char buf[32];
+
+    for (uint32_t h = 0; h < p->n_hosts; h++) {
+        const struct lb_inv_host *host = &inv->hosts[h];
+        uint64_t taken = p->after[h] + host->reserved_bytes;
+
+        if (p->before[h] == p->after[h] && !p->parallel[h])
+            continue;
+        lb_table_cell(t, "%s", host->name);
+        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf), (double)host->memory_bytes));
+        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf), (double)p->before[h]));
+        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf), (double)p->after[h]));
+        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf),
+                                              taken < host->memory_bytes ? (double)(host->memory_bytes - taken) : 0));
+        if (p->parallel[h])
+            lb_table_cell(t, "%u", p->parallel[h]);
+        else
+            lb_table_cell(t, "%s", "");
+    }
+    lb_table_print(t);
+}
+
+static void print_stays(const struct lb_inventory *inv, const struct lb_plan *p)
+{
+    for (uint32_t i = 0; i < p->n_stays; i++) {
+        const struct lb_plan_stay *s = &p->stays[i];
+
+        fputs(s->backup ? "no new backup for " : "stays: ", stdout);
+        lb_print_text(stdout, inv->vms[s->vm].name);
+        fputs(" on ", stdout);
+        lb_print_text(stdout, inv->hosts[inv->vms[s->vm].host].name);
+        fputs(": ", stdout);
+        lb_print_text(stdout, s->reason);
+        putchar('\n');
+        if (s->remedy[0]) {
+            fputs("  remedy: ", stdout);
+            lb_print_text(stdout, s->remedy);
+            putchar('\n');
+        }
+    }
+}
+
+static void print_plan(const struct lb_inventory *inv, const struct lb_plan *p)
+{
+    char span[32], bytes[32];
+
+    if (p->n_steps) {
+        print_steps(inv, p);
+        putchar('\n');
+        print_hosts(inv, p);
+        putchar('\n');
+    }
+    print_stays(inv, p);
+    printf("%u steps, %s sent in %s; %u cannot be done\n", p->n_steps, lb_human_bytes(bytes, sizeof(bytes), p->bytes),
+           lb_span(span, sizeof(span), p->makespan_s * 1000), p->n_stays);
+}
+
+static int make_and_print(struct args *a, struct lb_inventory *inv, struct lb_error *err)
+{
+    struct lb_plan_opts opts = {.parallel = (uint32_t)a->parallel, .hot = a->hot};
+    struct lb_plan plan;
+    bool whole;
+
+    if (hosts_of(inv, a->evacuate, &inv->evacuate, err) || hosts_of(inv, a->to, &inv->to, err))
+        return -1;
+    opts.evacuate = inv->evacuate;
+    opts.to = inv->to;
+    if (lb_plan_make(inv, &opts, &plan, err))
+        return -1;
+    (a->cli->json ? print_json : print_plan)(inv, &plan);
+    whole = !plan.n_stays;
+    lb_plan_free(&plan);
+    return whole ? 0 : LB_E_PREFLIGHT;
+}
+
+static int run(struct lb_cli *cli, int argc, char **argv)
+{
+    static const struct argp_option options[] = {
+        {"inventory", OPT_INVENTORY, "FILE", 0, "Hosts and VMs, as JSON", 0},
+        {"evacuate", OPT_EVACUATE, "HOST[,HOST...]", 0, "Hosts to empty (default: as the inventory says)", 0},
+        {"to", OPT_TO, "HOST[,HOST...]", 0, "Only to these (default: as the inventory says, else all others)", 0},
+        {"parallel", OPT_PARALLEL, "auto|N", 0, "Transfers at once out of a host (default auto: what is fastest)", 0},
+        {"hot", OPT_HOT, "throttle|suspend|leave", 0,
+         "A VM that dirties memory faster than its link carries (default: throttle)", 0},
+        {0},
+    };
+    const struct argp argp = {options, parse, lb_cmd_plan.args,
+                              "Plan how hosts would be emptied: which VM goes where, when, how long it takes. Nothing is moved.",
+                              children, NULL, NULL};
+    struct args a = {.cli = cli};
+    struct lb_inventory inv = {0};
+    struct lb_error err = LB_ERROR_INIT;
+    int rc;
+
+    lb_parse("plan", &argp, 0, argc, argv, &a);
+    rc = lb_inventory_load(a.inventory, &inv, &err);
+    if (!rc)
+        rc = make_and_print(&a, &inv, &err);
+    lb_inventory_free(&inv);
+    free(a.evacuate);
+    free(a.to);
+    return rc < 0 ? lb_cli_fail(cli, &err) : rc;
+}
+
+const struct lb_cmd lb_cmd_plan = {"plan", "--inventory FILE", "Plan how hosts would be emptied", run};
