@@ -120,9 +120,10 @@ check-all: check-lint check-unit check-fuzz check-integration check-softdirty ch
 check-lint:
 	$(Q)$(PROVE) tests/lint/*.sh
 check-unit: all unit $(VECTORS)
-	$(Q)$(PROVE) $(UNIT_BIN) $(UNIT_T)
+	$(Q)$(PROVE) -j2 $(UNIT_BIN) $(UNIT_T)
+# two at a time: they wait more than they compute
 check-integration: all integration $(GUEST)
-	$(Q)$(PROVE) $(INTG_BIN)
+	$(Q)$(PROVE) -j2 $(INTG_BIN)
 check-e2e: all tools $(GUEST) $(TRIXIE)
 	$(Q)$(PROVE) $(if $(T),$(wildcard tests/e2e/*$(T)*),$(E2E_T))
 check-softdirty: all $(GUEST)
@@ -133,7 +134,7 @@ check-fuzz: $(O)/liblifeboat.a
 check-san:
 	$(Q)$(MAKE) --no-print-directory SAN=$(or $(SAN),address$(comma)undefined) CFLAGS="-O1 -g" check-san-run
 check-san-run: unit integration $(VECTORS)
-	$(Q)$(PROVE) $(UNIT_BIN) $(addprefix $(O)/tests/integration/,test_migrate_fake test_ckpt_fake test_ckpt_restore_fake)
+	$(Q)$(PROVE) -j2 $(UNIT_BIN) $(addprefix $(O)/tests/integration/,test_migrate_fake test_ckpt_fake test_ckpt_restore_fake)
 
 demo: deps-demo
 	$(Q)$(MAKE) --no-print-directory demo-run
