@@ -702,7 +702,7 @@ static void test_disks(void **state)
         print_message("disk %s: %s %s %llu%s\n", d[i].id, d[i].path, d[i].format,
                       (unsigned long long)d[i].size_bytes, d[i].shareable ? " shareable" : "");
         assert_int_equal(strncmp(d[i].path, q.dir, strlen(q.dir)), 0);
-        shareable += d[i].shareable && strcmp(d[i].id, "r0") == 0;
+        shareable += d[i].shareable && strcmp(d[i].id, "vd") == 0;
         qcow2 += strcmp(d[i].format, "qcow2") == 0 && d[i].size_bytes == 4 << 20;
         server_start(&s, &q, "copy", d[i].size_bytes);
         OK(lb_hv_disk_mirror(vm, d[i].id, s.sock, "0", err));
