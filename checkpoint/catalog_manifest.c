@@ -8,6 +8,7 @@
 #include "checkpoint/catalog_manifest.h"
 
 #include "core/registry.h"
+#include "core/json.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -62,32 +63,12 @@ int lb_manifest_save(const char *folder, const struct lb_manifest *m, struct lb_
     return lb_file_write_atomic(path, text, strlen(text), 0644, err);
 }
 
-static int get_string(const json_t *o, const char *key, char *out, size_t cap)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_string(v) || json_string_length(v) >= cap || strlen(json_string_value(v)) != json_string_length(v))
-        return -1;
-    memcpy(out, json_string_value(v), json_string_length(v) + 1);
-    return 0;
-}
-
-static int get_u64(const json_t *o, const char *key, uint64_t *out)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_integer(v) || json_integer_value(v) < 0)
-        return -1;
-    *out = (uint64_t)json_integer_value(v);
-    return 0;
-}
-
 static int get_file(const json_t *o, const char *name, struct lb_manifest_file *f)
 {
     uint8_t sum[32];
 
-    return get_string(o, "file", f->name, sizeof(f->name)) || strcmp(f->name, name) ||
-                   get_u64(o, "bytes", &f->bytes) || get_string(o, "sha256", f->sha256, sizeof(f->sha256)) ||
+    return lb_json_get_string(o, "file", f->name, sizeof(f->name)) || strcmp(f->name, name) ||
+                   lb_json_get_u64(o, "bytes", INT64_MAX, &f->bytes) || lb_json_get_string(o, "sha256", f->sha256, sizeof(f->sha256)) ||
                    lb_unhex(sum, sizeof(sum), f->sha256) != (ssize_t)sizeof(sum)
                ? -1
                : 0;
@@ -99,13 +80,13 @@ static const char *parse(const json_t *o, struct lb_manifest *m)
     char format[64], name[32];
     uint64_t version, number;
 
-    if (get_string(o, "format", format, sizeof(format)) || strcmp(format, FORMAT))
+    if (lb_json_get_string(o, "format", format, sizeof(format)) || strcmp(format, FORMAT))
         return "it is not a checkpoint's";
-    if (get_u64(o, "version", &version) || version != VERSION)
+    if (lb_json_get_u64(o, "version", INT64_MAX, &version) || version != VERSION)
         return "it is of another version";
-    if (get_string(o, "vm", m->vm, sizeof(m->vm)) || !lb_vm_name_valid(m->vm))
+    if (lb_json_get_string(o, "vm", m->vm, sizeof(m->vm)) || !lb_vm_name_valid(m->vm))
         return "\"vm\" is missing or wrong";
-    if (get_u64(o, "number", &number) || number > UINT32_MAX || !json_is_boolean(json_object_get(o, "encrypted")))
+    if (lb_json_get_u64(o, "number", INT64_MAX, &number) || number > UINT32_MAX || !json_is_boolean(json_object_get(o, "encrypted")))
         return "\"number\" or \"encrypted\" is missing or wrong";
     m->number = (uint32_t)number;
     m->encrypted = json_is_true(json_object_get(o, "encrypted"));
@@ -118,9 +99,9 @@ static const char *parse(const json_t *o, struct lb_manifest *m)
         struct lb_manifest_disk *d = &m->disks[m->n_disks++];
         const json_t *v = json_array_get(disks, i);
         snprintf(name, sizeof(name), LB_EXPORT_DISK, (unsigned)i);
-        if (get_file(v, name, &d->file) || get_string(v, "id", d->id, sizeof(d->id)) ||
-            get_string(v, "argv_path", d->argv_path, sizeof(d->argv_path)) ||
-            get_u64(v, "size_bytes", &d->size_bytes))
+        if (get_file(v, name, &d->file) || lb_json_get_string(v, "id", d->id, sizeof(d->id)) ||
+            lb_json_get_string(v, "argv_path", d->argv_path, sizeof(d->argv_path)) ||
+            lb_json_get_u64(v, "size_bytes", INT64_MAX, &d->size_bytes))
             return "an entry of \"disks\" is wrong";
     }
     return NULL;

@@ -11,6 +11,7 @@
  * image of a suspended VM is where its guest will go on, and never becomes spare. */
 #include "checkpoint/catalog_internal.h"
 #include "checkpoint/store_internal.h"
+#include "core/json.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -127,16 +128,6 @@ bool lb_disks_tidy(const char *dir, const char *vm, struct lb_disks *d)
 
 /* ------------------------------------------------------------------------- JSON */
 
-static int get_string(const json_t *o, const char *key, char *out, size_t cap)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_string(v) || json_string_length(v) >= cap || strlen(json_string_value(v)) != json_string_length(v))
-        return -1;
-    memcpy(out, json_string_value(v), json_string_length(v) + 1);
-    return 0;
-}
-
 static json_t *disks_json(const struct lb_ckpt_disk *v, unsigned n)
 {
     json_t *a = json_array();
@@ -185,7 +176,7 @@ static const char *parse_users(const json_t *a, struct lb_disks *d)
     for (size_t i = 0; i < json_array_size(a); i++) {
         struct lb_disks_user *u = &d->users[d->n_users++];
         const json_t *o = json_array_get(a, i);
-        if (get_string(o, "image", u->image, sizeof(u->image)) || get_string(o, "user", u->user, sizeof(u->user)))
+        if (lb_json_get_string(o, "image", u->image, sizeof(u->image)) || lb_json_get_string(o, "user", u->user, sizeof(u->user)))
             return "an entry of \"users\" is wrong";
     }
     return NULL;
@@ -195,9 +186,9 @@ static const char *parse_joining(const json_t *o, struct lb_disks_joining *j)
 {
     if (!o)
         return NULL;
-    if (get_string(o, "id", j->id, sizeof(j->id)) || get_string(o, "top", j->top, sizeof(j->top)) || !j->top[0] ||
-        get_string(o, "base", j->base, sizeof(j->base)) ||
-        get_string(o, "base_format", j->base_format, sizeof(j->base_format)) || get_string(o, "above", j->above, sizeof(j->above)) ||
+    if (lb_json_get_string(o, "id", j->id, sizeof(j->id)) || lb_json_get_string(o, "top", j->top, sizeof(j->top)) || !j->top[0] ||
+        lb_json_get_string(o, "base", j->base, sizeof(j->base)) ||
+        lb_json_get_string(o, "base_format", j->base_format, sizeof(j->base_format)) || lb_json_get_string(o, "above", j->above, sizeof(j->above)) ||
         !json_is_boolean(json_object_get(o, "done")))
         return "\"joining\" is wrong";
     j->done = json_is_true(json_object_get(o, "done"));

@@ -1,5 +1,6 @@
 /* checkpoint/schedule.c - vms/NAME/schedule.json: how often a VM gets a checkpoint, and how the last ones went. */
 #include "checkpoint/checkpoint.h"
+#include "core/json.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -38,42 +39,21 @@ static int check(const struct lb_ckpt_schedule *s, struct lb_error *err)
 
 /* ------------------------------------------------------------------ the file */
 
-static int get_u64(const json_t *o, const char *key, uint64_t max, uint64_t *out)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_integer(v) || json_integer_value(v) < 0 || (uint64_t)json_integer_value(v) > max)
-        return -1;
-    *out = (uint64_t)json_integer_value(v);
-    return 0;
-}
-
-static int get_string(const json_t *o, const char *key, char *out, size_t cap)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_string(v) || json_string_length(v) >= cap ||
-        strlen(json_string_value(v)) != json_string_length(v))
-        return -1;
-    memcpy(out, json_string_value(v), json_string_length(v) + 1);
-    return 0;
-}
-
 static const char *parse(const json_t *o, struct lb_ckpt_schedule *s)
 {
     uint64_t keep, failures;
 
-    if (get_u64(o, "every_ms", MAX_EVERY_MS, &s->every_ms))
+    if (lb_json_get_u64(o, "every_ms", MAX_EVERY_MS, &s->every_ms))
         return "\"every_ms\" is missing or wrong";
-    if (get_u64(o, "keep", MAX_KEEP, &keep))
+    if (lb_json_get_u64(o, "keep", MAX_KEEP, &keep))
         return "\"keep\" is missing or wrong";
     if (!json_is_boolean(json_object_get(o, "no_disk")))
         return "\"no_disk\" is missing or wrong";
-    if (get_string(o, "key_file", s->key_file, sizeof(s->key_file)))
+    if (lb_json_get_string(o, "key_file", s->key_file, sizeof(s->key_file)))
         return "\"key_file\" is missing or wrong";
-    if (get_u64(o, "last_ms", INT64_MAX, &s->last_ms) || get_u64(o, "failures", UINT32_MAX, &failures))
+    if (lb_json_get_u64(o, "last_ms", INT64_MAX, &s->last_ms) || lb_json_get_u64(o, "failures", UINT32_MAX, &failures))
         return "\"last_ms\" or \"failures\" is missing or wrong";
-    if (get_string(o, "error", s->error, sizeof(s->error)))
+    if (lb_json_get_string(o, "error", s->error, sizeof(s->error)))
         return "\"error\" is missing or wrong";
     s->keep = (unsigned)keep;
     s->failures = (unsigned)failures;
@@ -117,20 +97,6 @@ int lb_schedule_load(const char *state_dir, const char *vm, struct lb_ckpt_sched
     return 0;
 }
 
-/* An error's text may hold anything; JSON only takes UTF-8. */
-static json_t *text_of(const char *s)
-{
-    json_t *v = json_string(s);
-
-    if (v)
-        return v;
-    LB_AUTO_FREE char *copy = lb_strdup(s);
-    for (char *p = copy; *p; p++)
-        if ((unsigned char)*p >= 0x80)
-            *p = '?';
-    return json_string(copy);
-}
-
 int lb_schedule_save(const char *state_dir, const char *vm, const struct lb_ckpt_schedule *s,
                      struct lb_error *err)
 {
@@ -145,10 +111,10 @@ int lb_schedule_save(const char *state_dir, const char *vm, const struct lb_ckpt
     json_object_set_new(o, "every_ms", json_integer((json_int_t)s->every_ms));
     json_object_set_new(o, "keep", json_integer(s->keep));
     json_object_set_new(o, "no_disk", json_boolean(s->no_disk));
-    json_object_set_new(o, "key_file", text_of(s->key_file));
+    json_object_set_new(o, "key_file", lb_json_text(s->key_file));
     json_object_set_new(o, "last_ms", json_integer((json_int_t)s->last_ms));
     json_object_set_new(o, "failures", json_integer(s->failures));
-    json_object_set_new(o, "error", text_of(s->error));
+    json_object_set_new(o, "error", lb_json_text(s->error));
     text = json_dumps(o, JSON_INDENT(2));
     json_decref(o);
     if (!text)

@@ -14,6 +14,7 @@
 #include "checkpoint/take.h"
 
 #include "core/host.h"
+#include "core/json.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -60,14 +61,9 @@ int lb_take_record_save(const char *state_dir, const char *vm, const struct lb_t
     return lb_file_write_atomic(path, text, strlen(text), 0600, err);
 }
 
-static int get_string(const json_t *o, const char *key, char *out, size_t cap)
+static int get_name(const json_t *o, const char *key, char *out, size_t cap)
 {
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_string(v) || json_string_length(v) >= cap || !json_string_length(v))
-        return -1;
-    memcpy(out, json_string_value(v), json_string_length(v) + 1);
-    return 0;
+    return lb_json_get_string(o, key, out, cap) || !out[0] ? -1 : 0;
 }
 
 static const char *parse_record(const json_t *o, struct lb_take_record *r)
@@ -89,9 +85,9 @@ static const char *parse_record(const json_t *o, struct lb_take_record *r)
     {
         struct lb_take_disk *to = &r->disks[r->n_disks++];
 
-        if (get_string(d, "id", to->id, sizeof(to->id)) ||
-            get_string(d, "overlay", to->overlay, sizeof(to->overlay)) ||
-            get_string(d, "base", to->base, sizeof(to->base)))
+        if (get_name(d, "id", to->id, sizeof(to->id)) ||
+            get_name(d, "overlay", to->overlay, sizeof(to->overlay)) ||
+            get_name(d, "base", to->base, sizeof(to->base)))
             return "a disk is wrong";
     }
     return NULL;

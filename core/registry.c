@@ -11,6 +11,7 @@
  * again after it got one. */
 #include "core/core_internal.h"
 #include "core/registry.h"
+#include "core/json.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -96,57 +97,36 @@ static int damaged(const char *path, const char *what, struct lb_error *err)
     return lb_remedy(err, "if the VM still runs, move this file away and `lifeboat adopt` the VM again");
 }
 
-static int get_string(const json_t *o, const char *key, char *out, size_t cap)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_string(v) || json_string_length(v) >= cap ||
-        strlen(json_string_value(v)) != json_string_length(v))
-        return -1;
-    memcpy(out, json_string_value(v), json_string_length(v) + 1);
-    return 0;
-}
-
-static int get_u64(const json_t *o, const char *key, uint64_t *out)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_integer(v) || json_integer_value(v) < 0)
-        return -1;
-    *out = (uint64_t)json_integer_value(v);
-    return 0;
-}
-
 static const char *parse_entry(const json_t *o, const char *name, struct lb_vm_entry *e)
 {
     char state[32];
     uint64_t pid;
 
-    if (get_string(o, "name", e->name, sizeof(e->name)) || strcmp(e->name, name))
+    if (lb_json_get_string(o, "name", e->name, sizeof(e->name)) || strcmp(e->name, name))
         return "\"name\" is missing or another VM's";
-    if (get_string(o, "hypervisor", e->hypervisor, sizeof(e->hypervisor)))
+    if (lb_json_get_string(o, "hypervisor", e->hypervisor, sizeof(e->hypervisor)))
         return "\"hypervisor\" is missing or wrong";
-    if (get_u64(o, "pid", &pid) || pid > INT32_MAX)
+    if (lb_json_get_u64(o, "pid", INT64_MAX, &pid) || pid > INT32_MAX)
         return "\"pid\" is missing or wrong";
     e->proc.pid = (pid_t)pid;
-    if (get_u64(o, "start_ticks", &e->proc.start_ticks))
+    if (lb_json_get_u64(o, "start_ticks", INT64_MAX, &e->proc.start_ticks))
         return "\"start_ticks\" is missing or wrong";
-    if (get_string(o, "qmp", e->qmp_path, sizeof(e->qmp_path)))
+    if (lb_json_get_string(o, "qmp", e->qmp_path, sizeof(e->qmp_path)))
         return "\"qmp\" is missing or wrong";
-    if (get_string(o, "origin", e->origin, sizeof(e->origin)))
+    if (lb_json_get_string(o, "origin", e->origin, sizeof(e->origin)))
         return "\"origin\" is missing or wrong";
-    if (get_string(o, "state", state, sizeof(state)) || lb_vm_state_parse(state, &e->state))
+    if (lb_json_get_string(o, "state", state, sizeof(state)) || lb_vm_state_parse(state, &e->state))
         return "\"state\" is missing or unknown";
-    if (get_string(o, "token", e->token, sizeof(e->token)))
+    if (lb_json_get_string(o, "token", e->token, sizeof(e->token)))
         return "\"token\" is missing or wrong";
-    if (get_string(o, "peer", e->peer, sizeof(e->peer)))
+    if (lb_json_get_string(o, "peer", e->peer, sizeof(e->peer)))
         return "\"peer\" is missing or wrong";
-    if (get_u64(o, "created_ms", &e->created_ms) || get_u64(o, "changed_ms", &e->changed_ms))
+    if (lb_json_get_u64(o, "created_ms", INT64_MAX, &e->created_ms) || lb_json_get_u64(o, "changed_ms", INT64_MAX, &e->changed_ms))
         return "a time is missing or wrong";
-    if (get_string(o, "note", e->note, sizeof(e->note)))
+    if (lb_json_get_string(o, "note", e->note, sizeof(e->note)))
         return "\"note\" is missing or wrong";
     e->checkpoint[0] = 0; /* absent in entries of older versions */
-    if (json_object_get(o, "checkpoint") && get_string(o, "checkpoint", e->checkpoint, sizeof(e->checkpoint)))
+    if (json_object_get(o, "checkpoint") && lb_json_get_string(o, "checkpoint", e->checkpoint, sizeof(e->checkpoint)))
         return "\"checkpoint\" is wrong";
     return NULL;
 }
@@ -185,20 +165,6 @@ int lb_vm_entry_load(const char *state_dir, const char *name, struct lb_vm_entry
     return 0;
 }
 
-/* Texts of peers and hypervisors may hold anything; JSON only takes UTF-8. */
-static json_t *text_of(const char *s)
-{
-    json_t *v = json_string(s);
-
-    if (v)
-        return v;
-    LB_AUTO_FREE char *copy = lb_strdup(s);
-    for (char *p = copy; *p; p++)
-        if ((unsigned char)*p >= 0x80)
-            *p = '?';
-    return json_string(copy);
-}
-
 int lb_vm_entry_save(const char *state_dir, const struct lb_vm_entry *e, struct lb_error *err)
 {
     LB_AUTO_FREE char *text = NULL;
@@ -213,19 +179,19 @@ int lb_vm_entry_save(const char *state_dir, const struct lb_vm_entry *e, struct 
         return -1;
     o = json_object();
     json_object_set_new(o, "name", json_string(e->name));
-    json_object_set_new(o, "hypervisor", text_of(e->hypervisor));
+    json_object_set_new(o, "hypervisor", lb_json_text(e->hypervisor));
     json_object_set_new(o, "pid", json_integer(e->proc.pid));
     json_object_set_new(o, "start_ticks", json_integer((json_int_t)e->proc.start_ticks));
-    json_object_set_new(o, "qmp", text_of(e->qmp_path));
-    json_object_set_new(o, "origin", text_of(e->origin));
+    json_object_set_new(o, "qmp", lb_json_text(e->qmp_path));
+    json_object_set_new(o, "origin", lb_json_text(e->origin));
     json_object_set_new(o, "state", json_string(lb_vm_state_name(e->state)));
-    json_object_set_new(o, "token", text_of(e->token));
-    json_object_set_new(o, "peer", text_of(e->peer));
+    json_object_set_new(o, "token", lb_json_text(e->token));
+    json_object_set_new(o, "peer", lb_json_text(e->peer));
     json_object_set_new(o, "created_ms",
                         json_integer((json_int_t)(e->created_ms ? e->created_ms : now)));
     json_object_set_new(o, "changed_ms", json_integer((json_int_t)now));
-    json_object_set_new(o, "note", text_of(e->note));
-    json_object_set_new(o, "checkpoint", text_of(e->checkpoint));
+    json_object_set_new(o, "note", lb_json_text(e->note));
+    json_object_set_new(o, "checkpoint", lb_json_text(e->checkpoint));
     text = json_dumps(o, JSON_INDENT(2));
     json_decref(o);
     if (!text)

@@ -10,6 +10,7 @@
  * and the rename).  A journal that cannot be read is an error, never "none":
  * "none" lets the other side run its copy. */
 #include "migrate/journal.h"
+#include "core/json.h"
 
 #include <assert.h>
 #include <dirent.h>
@@ -143,20 +144,6 @@ int lb_journal_load(const char *state_dir, const char *token_hex, struct lb_jour
     return rc;
 }
 
-/* Names and details may hold any bytes (a cut multi-byte character, say);
- * losing the journal for that would be absurd. */
-static json_t *text_value(const char *s)
-{
-    json_t *v = json_string(s);
-    if (v)
-        return v;
-    LB_AUTO_FREE char *ascii = lb_strdup(s);
-    for (char *p = ascii; *p; p++)
-        if ((unsigned char)*p >= 0x80)
-            *p = '?';
-    return json_string(ascii);
-}
-
 static int store(const char *state_dir, const char *path, const struct lb_journal *j,
                  struct lb_error *err)
 {
@@ -167,12 +154,12 @@ static int store(const char *state_dir, const char *path, const struct lb_journa
     json_object_set_new(root, "version", json_integer(JOURNAL_VERSION));
     json_object_set_new(root, "token", json_string(j->token));
     json_object_set_new(root, "state", json_string(lb_journal_state_name(j->state)));
-    json_object_set_new(root, "vm", text_value(j->vm));
-    json_object_set_new(root, "peer", text_value(j->peer));
+    json_object_set_new(root, "vm", lb_json_text(j->vm));
+    json_object_set_new(root, "peer", lb_json_text(j->peer));
     if (j->peer_key[0])
-        json_object_set_new(root, "peer_key", text_value(j->peer_key));
+        json_object_set_new(root, "peer_key", lb_json_text(j->peer_key));
     json_object_set_new(root, "changed_ms", json_integer((json_int_t)j->changed_ms));
-    json_object_set_new(root, "detail", text_value(j->detail));
+    json_object_set_new(root, "detail", lb_json_text(j->detail));
     LB_AUTO_FREE char *text = json_dumps(root, JSON_INDENT(1));
     json_decref(root);
     if (!text)

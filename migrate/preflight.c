@@ -22,6 +22,7 @@
 #include "core/registry.h"
 #include "core/qemu/argv_scan.h"
 #include "core/host.h"
+#include "core/json.h"
 
 /* What QEMU needs besides guest RAM: itself, device RAM, page tables. */
 #define OVERHEAD_BYTES (UINT64_C(128) << 20)
@@ -83,28 +84,16 @@ bool lb_report_refused(const struct lb_report *r)
     return false;
 }
 
-static json_t *json_text(const char *s)
-{
-    json_t *j = json_string(s);
-    if (j)
-        return j;
-    LB_AUTO_FREE char *ascii = lb_strdup(s); /* a character cut in the middle */
-    for (char *p = ascii; *p; p++)
-        if ((unsigned char)*p >= 0x80)
-            *p = '?';
-    return json_string(ascii);
-}
-
 char *lb_report_json(const struct lb_report *r)
 {
     static const char *const names[] = {"ok", "warn", "fail"};
     json_t *list = json_array();
     for (unsigned i = 0; i < r->n; i++) {
         json_t *o = json_object();
-        json_object_set_new(o, "id", json_text(r->v[i].id));
+        json_object_set_new(o, "id", lb_json_text(r->v[i].id));
         json_object_set_new(o, "status", json_string(names[r->v[i].status]));
-        json_object_set_new(o, "message", json_text(r->v[i].message));
-        json_object_set_new(o, "remedy", json_text(r->v[i].remedy));
+        json_object_set_new(o, "message", lb_json_text(r->v[i].message));
+        json_object_set_new(o, "remedy", lb_json_text(r->v[i].remedy));
         json_array_append_new(list, o);
     }
     char *text = json_dumps(list, JSON_COMPACT);

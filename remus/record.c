@@ -6,6 +6,7 @@
 #include "remus/record.h"
 #include "core/registry.h"
 #include "remus/lease.h"
+#include "core/json.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -50,32 +51,11 @@ const char *lb_phase_name(enum lb_phase p)
 
 /* ------------------------------------------------------------------- reading */
 
-static int get_string(const json_t *o, const char *key, char *out, size_t cap)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_string(v) || json_string_length(v) >= cap ||
-        strlen(json_string_value(v)) != json_string_length(v))
-        return -1;
-    memcpy(out, json_string_value(v), json_string_length(v) + 1);
-    return 0;
-}
-
-static int get_u64(const json_t *o, const char *key, uint64_t max, uint64_t *out)
-{
-    const json_t *v = json_object_get(o, key);
-
-    if (!json_is_integer(v) || json_integer_value(v) < 0 || (uint64_t)json_integer_value(v) > max)
-        return -1;
-    *out = (uint64_t)json_integer_value(v);
-    return 0;
-}
-
 static int get_u32(const json_t *o, const char *key, uint32_t max, uint32_t *out)
 {
     uint64_t v;
 
-    if (get_u64(o, key, max, &v))
+    if (lb_json_get_u64(o, key, max, &v))
         return -1;
     *out = (uint32_t)v;
     return 0;
@@ -163,14 +143,14 @@ static const char *parse_opts(const json_t *o, struct lb_protect_opts *p)
     if (get_name(o, "disk", disk_modes, LB_ARRAY_LEN(disk_modes), &mode))
         return "\"disk\" is missing or unknown";
     p->disk = (enum lb_disk_mode)mode;
-    if (get_string(o, "witness", p->witness, sizeof(p->witness)) || !*p->witness)
+    if (lb_json_get_string(o, "witness", p->witness, sizeof(p->witness)) || !*p->witness)
         return "\"witness\" is missing or wrong";
     if (get_u32(o, "lease_ms", MAX_LEASE_MS, &p->lease_ms) ||
         (p->lease_ms && p->lease_ms < LB_LEASE_MIN_MS))
         return "\"lease_ms\" is missing or wrong";
-    if (get_u64(o, "bandwidth_bytes_per_s", INT64_MAX, &p->bandwidth_bytes_per_s))
+    if (lb_json_get_u64(o, "bandwidth_bytes_per_s", INT64_MAX, &p->bandwidth_bytes_per_s))
         return "\"bandwidth_bytes_per_s\" is missing or wrong";
-    if (get_u64(o, "delta_cache_bytes", INT64_MAX, &p->delta_cache_bytes))
+    if (lb_json_get_u64(o, "delta_cache_bytes", INT64_MAX, &p->delta_cache_bytes))
         return "\"delta_cache_bytes\" is missing or wrong";
     if (get_u32(o, "channels", MAX_CHANNELS, &p->channels))
         return "\"channels\" is missing or wrong";
@@ -198,7 +178,7 @@ static const char *parse_wish(const json_t *o, struct lb_protect_wish *w)
         snprintf(w->backups[w->n_backups], sizeof(w->backups[0]), "%s", json_string_value(v));
     }
     if (get_u32(o, "failovers", UINT32_MAX, &failovers) ||
-        get_u64(o, "last_failover_ms", INT64_MAX, &w->last_failover_ms))
+        lb_json_get_u64(o, "last_failover_ms", INT64_MAX, &w->last_failover_ms))
         return "\"failovers\" or \"last_failover_ms\" is missing or wrong";
     w->failovers = failovers;
     took = json_object_get(o, "last_failover_took_ms");
@@ -229,20 +209,6 @@ int lb_wish_parse(const char *json, struct lb_protect_wish *out, struct lb_error
     return 0;
 }
 
-/* Names and reasons of peers may hold anything; JSON only takes UTF-8. */
-static json_t *text_of(const char *s)
-{
-    json_t *v = json_string(s);
-
-    if (v)
-        return v;
-    LB_AUTO_FREE char *copy = lb_strdup(s);
-    for (char *p = copy; *p; p++)
-        if ((unsigned char)*p >= 0x80)
-            *p = '?';
-    return json_string(copy);
-}
-
 char *lb_wish_json(const struct lb_protect_wish *w)
 {
     const struct lb_protect_opts *p = &w->opts;
@@ -252,7 +218,7 @@ char *lb_wish_json(const struct lb_protect_wish *w)
     json_object_set_new(o, "interval_ms", json_integer(p->interval_ms));
     json_object_set_new(o, "adaptive", json_boolean(p->adaptive));
     json_object_set_new(o, "disk", json_string(disk_modes[p->disk]));
-    json_object_set_new(o, "witness", text_of(p->witness));
+    json_object_set_new(o, "witness", lb_json_text(p->witness));
     json_object_set_new(o, "lease_ms", json_integer(p->lease_ms));
     json_object_set_new(o, "bandwidth_bytes_per_s",
                         json_integer((json_int_t)p->bandwidth_bytes_per_s));
@@ -260,7 +226,7 @@ char *lb_wish_json(const struct lb_protect_wish *w)
     json_object_set_new(o, "channels", json_integer(p->channels));
     json_object_set_new(o, "insecure_plaintext", json_boolean(p->insecure_plaintext));
     for (unsigned i = 0; i < w->n_backups; i++)
-        json_array_append_new(backups, text_of(w->backups[i]));
+        json_array_append_new(backups, lb_json_text(w->backups[i]));
     json_object_set_new(o, "backups", backups);
     json_object_set_new(o, "failovers", json_integer(w->failovers));
     json_object_set_new(o, "last_failover_ms", json_integer((json_int_t)w->last_failover_ms));
@@ -320,22 +286,22 @@ static int get_phase(const json_t *o, enum lb_phase *out)
 
 static const char *parse_record(const json_t *o, struct lb_remus_record *r)
 {
-    if (get_string(o, "id", r->id, sizeof(r->id)) || strlen(r->id) != LB_PROTECT_ID_HEX - 1)
+    if (lb_json_get_string(o, "id", r->id, sizeof(r->id)) || strlen(r->id) != LB_PROTECT_ID_HEX - 1)
         return "\"id\" is missing or wrong";
     if (get_phase(o, &r->phase))
         return "\"phase\" is missing or unknown";
-    if (get_string(o, "peer", r->peer, sizeof(r->peer)) ||
-        get_string(o, "peer_key", r->peer_key, sizeof(r->peer_key)))
+    if (lb_json_get_string(o, "peer", r->peer, sizeof(r->peer)) ||
+        lb_json_get_string(o, "peer_key", r->peer_key, sizeof(r->peer_key)))
         return "\"peer\" or \"peer_key\" is missing or wrong";
-    if (get_string(o, "witness", r->witness, sizeof(r->witness)) ||
-        get_string(o, "key", r->key, sizeof(r->key)))
+    if (lb_json_get_string(o, "witness", r->witness, sizeof(r->witness)) ||
+        lb_json_get_string(o, "key", r->key, sizeof(r->key)))
         return "\"witness\" or \"key\" is missing or wrong";
-    if (get_u64(o, "revision", INT64_MAX, &r->revision))
+    if (lb_json_get_u64(o, "revision", INT64_MAX, &r->revision))
         return "\"revision\" is missing or wrong";
-    if (get_string(o, "nonce", r->nonce, sizeof(r->nonce)) ||
-        get_string(o, "detail", r->detail, sizeof(r->detail)))
+    if (lb_json_get_string(o, "nonce", r->nonce, sizeof(r->nonce)) ||
+        lb_json_get_string(o, "detail", r->detail, sizeof(r->detail)))
         return "\"nonce\" or \"detail\" is missing or wrong";
-    if (get_u64(o, "changed_ms", INT64_MAX, &r->changed_ms))
+    if (lb_json_get_u64(o, "changed_ms", INT64_MAX, &r->changed_ms))
         return "\"changed_ms\" is missing or wrong";
     return NULL;
 }
@@ -374,16 +340,16 @@ static char *record_json(const struct lb_remus_record *r)
     json_t *o = json_object();
     char *text;
 
-    json_object_set_new(o, "id", text_of(r->id));
+    json_object_set_new(o, "id", lb_json_text(r->id));
     json_object_set_new(o, "phase", json_string(lb_phase_name(r->phase)));
-    json_object_set_new(o, "peer", text_of(r->peer));
-    json_object_set_new(o, "peer_key", text_of(r->peer_key));
-    json_object_set_new(o, "witness", text_of(r->witness));
-    json_object_set_new(o, "key", text_of(r->key));
+    json_object_set_new(o, "peer", lb_json_text(r->peer));
+    json_object_set_new(o, "peer_key", lb_json_text(r->peer_key));
+    json_object_set_new(o, "witness", lb_json_text(r->witness));
+    json_object_set_new(o, "key", lb_json_text(r->key));
     json_object_set_new(o, "revision", json_integer((json_int_t)r->revision));
-    json_object_set_new(o, "nonce", text_of(r->nonce));
+    json_object_set_new(o, "nonce", lb_json_text(r->nonce));
     json_object_set_new(o, "changed_ms", json_integer((json_int_t)r->changed_ms));
-    json_object_set_new(o, "detail", text_of(r->detail));
+    json_object_set_new(o, "detail", lb_json_text(r->detail));
     text = json_dumps(o, JSON_INDENT(2));
     json_decref(o);
     assert(text);

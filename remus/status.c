@@ -5,6 +5,7 @@
  * in a pause. The JSON is the same for both sides.
  */
 #include "remus/protect_internal.h"
+#include "core/json.h"
 
 #include <jansson.h>
 #include <string.h>
@@ -159,22 +160,9 @@ void lb_prot_report(struct prot *p, bool force)
 
 /* -------------------------------------------------------------------------- JSON */
 
-static json_t *text_of(const char *s)
-{
-    json_t *v = json_string(s ? s : "");
-
-    if (v)
-        return v;
-    LB_AUTO_FREE char *ascii = lb_strdup(s); /* JSON takes UTF-8 only */
-    for (char *c = ascii; *c; c++)
-        if ((unsigned char)*c >= 0x80)
-            *c = '?';
-    return json_string(ascii);
-}
-
 static void put_text(json_t *o, const char *key, const char *s)
 {
-    json_object_set_new(o, key, text_of(s));
+    json_object_set_new(o, key, lb_json_text(s));
 }
 
 static void put_u64(json_t *o, const char *key, uint64_t v)

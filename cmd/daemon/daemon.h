@@ -29,6 +29,7 @@
 #include <sys/queue.h>
 
 #include "cmd/common/rpc.h"
+#include "core/json.h"
 #include "core/registry.h"
 #include "migrate/config.h"
 #include "migrate/migrate.h"
@@ -152,8 +153,6 @@ char *lb_op_host_ls(struct daemon *d, struct lb_error *err);
 char *lb_op_host_forget(struct daemon *d, const Lb__RpcName *r, struct lb_error *err);
 json_t *lb_entry_to_json(const struct lb_vm_entry *e);
 json_t *lb_session_to_json(const struct session *s); /* NULL in, NULL out */
-/* json_string that takes any bytes. */
-json_t *lb_json_text(const char *s);
 char *lb_json_dump(json_t *o); /* takes o */
 
 /* ---- ops_vm.c: in a worker; malloc'ed JSON, or NULL and *err */

@@ -9,19 +9,6 @@
 #define HISTORY_DEFAULT 50u
 #define HISTORY_MAX 1000u
 
-json_t *lb_json_text(const char *s)
-{
-    json_t *v = json_string(s ? s : "");
-
-    if (v)
-        return v;
-    LB_AUTO_FREE char *copy = lb_strdup(s);
-    for (char *p = copy; *p; p++)
-        if ((unsigned char)*p >= 0x80)
-            *p = '?';
-    return json_string(copy);
-}
-
 char *lb_json_dump(json_t *o)
 {
     char *s = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(12));
