@@ -258,10 +258,9 @@ static bool read_ids(const char *path, struct ids *out)
 /* All checkpoints beside `path`. */
 static struct ids *ids_beside(const char *path, unsigned *n)
 {
-    const char *slash = strrchr(path, '/');
-    LB_AUTO_FREE char *folder = slash ? lb_asprintf("%.*s", (int)(slash - path), path) : lb_strdup(".");
+    LB_AUTO_FREE char *folder = lb_path_parent(path);
     struct ids *v = NULL;
-    DIR *d = opendir(folder[0] ? folder : "/");
+    DIR *d = opendir(folder);
     struct dirent *e;
 
     *n = 0;

@@ -171,7 +171,7 @@ static void add_all(struct candidates *c, const struct lb_disks *d)
 static void add_folder_of(struct candidates *c, const char *path)
 {
     LB_AUTO_FREE char *real = realpath(path, NULL);
-    LB_AUTO_FREE char *folder = lb_host_parent(real ? real : path);
+    LB_AUTO_FREE char *folder = lb_path_parent(real ? real : path);
     DIR *v = opendir(folder);
     struct dirent *e;
 
@@ -353,7 +353,7 @@ static bool came_to_its_end(const struct lb_disks_joining *j)
 static bool imported(const struct reduce *r, const char *path)
 {
     LB_AUTO_FREE char *vm_dir = lb_catalog_vm_dir(r->dir, r->vm);
-    LB_AUTO_FREE char *parent = lb_host_parent(path);
+    LB_AUTO_FREE char *parent = lb_path_parent(path);
     unsigned number, k;
     int end = 0;
 

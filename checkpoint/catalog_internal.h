@@ -73,7 +73,6 @@ char *lb_catalog_file(const char *dir, const char *vm, uint32_t number);
 /* Number of "7.lbc" or "suspend.lbc" (0); false: another file. */
 bool lb_catalog_number(const char *file_name, uint32_t *number);
 int lb_catalog_check_vm(const char *vm, struct lb_error *err);
-int lb_sync_dir(const char *dir, struct lb_error *err);
 struct lb_ckpt_disk *lb_disks_dup(const struct lb_ckpt_disk *v, unsigned n);
 /* Size, time and inode of `path` as they are now. */
 int lb_disk_identify(struct lb_ckpt_disk *d, struct lb_error *err);

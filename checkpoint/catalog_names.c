@@ -58,15 +58,6 @@ bool lb_catalog_number(const char *file_name, uint32_t *number)
     return v <= UINT32_MAX;
 }
 
-int lb_sync_dir(const char *dir, struct lb_error *err)
-{
-    LB_AUTO_FD int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-
-    if (fd < 0 || (fsync(fd) < 0 && errno != EINVAL))
-        return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot sync directory %s", dir);
-    return 0;
-}
-
 bool lb_cancelled(int cancel_fd)
 {
     struct pollfd p = {.fd = cancel_fd, .events = POLLIN};

@@ -36,6 +36,9 @@ void lb_ckpt_meter_note(struct lb_ckpt_meter *m, const char *fmt, ...) LB_PRINTF
 int lb_ckpt_check_cancel(const struct lb_ckpt_env *env, const char *what, const char *vm,
                          struct lb_error *err);
 
+/* Durably; that it could not be is only said in the log. */
+void lb_ckpt_remove_file(const char *path);
+
 /* Strings are the entry's. */
 struct lb_vm_ident lb_ckpt_ident(const struct lb_vm_entry *e);
 

@@ -145,8 +145,7 @@ static int fill(struct export *x, const char *dir, struct lb_error *err)
 
 static int take_name(const char *folder, const char *to, struct lb_error *err)
 {
-    LB_AUTO_FREE char *copy = lb_strdup(to);
-    char *slash = strrchr(copy, '/');
+    LB_AUTO_FREE char *parent = lb_path_parent(to);
 
     if (rename(folder, to) < 0) { /* over an empty directory it works */
         if (errno != EEXIST && errno != ENOTEMPTY && errno != ENOTDIR)
@@ -154,11 +153,7 @@ static int take_name(const char *folder, const char *to, struct lb_error *err)
         lb_fail(err, LB_E_EXISTS, "%s is there already", to);
         return lb_remedy(err, "name a folder that does not exist or is empty");
     }
-    if (slash == copy)
-        slash++;
-    if (slash)
-        *slash = '\0';
-    return lb_sync_dir(slash ? copy : ".", err);
+    return lb_sync_dir(parent, err);
 }
 
 /* "/a/b/" is "/a/b". */

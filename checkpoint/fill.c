@@ -6,8 +6,6 @@
  */
 #include "checkpoint/fill.h"
 
-#include "core/host.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/ioprio.h>
@@ -488,17 +486,6 @@ static int fill_all(struct lb_fill *f, struct lb_ckpt_meter *meter, struct lb_er
     return 0;
 }
 
-void lb_fill_remove_file(const char *path)
-{
-    LB_AUTO_FREE char *dir = lb_host_parent(path);
-    LB_AUTO_FD int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-
-    if (unlink(path) < 0 && errno != ENOENT)
-        lb_log(LB_LOG_WARN, "cannot remove %s: %s", path, strerror(errno));
-    if (fd >= 0)
-        fsync(fd);
-}
-
 /* All pages are there, the threads have ended. */
 static int settle(struct lb_fill *f, struct lb_error *err)
 {
@@ -513,7 +500,7 @@ static int settle(struct lb_fill *f, struct lb_error *err)
     if (lb_vm_entry_save(f->env.state_dir, &f->entry, err))
         return -1;
     if (f->remove_path)
-        lb_fill_remove_file(f->remove_path);
+        lb_ckpt_remove_file(f->remove_path);
     if (f->ws_path && f->n_faults &&
         lb_ws_save(f->ws_path, &f->id, f->faults, f->n_faults, f->hot, f->n_hot, &why))
         lb_log_error(LB_LOG_WARN, &why);
@@ -566,7 +553,7 @@ static int was_filled(const struct lb_ckpt_env *env, const struct lb_vm_entry *v
     if (lb_vm_entry_save(env->state_dir, &entry, err))
         return -1;
     if (ck->info.meta.suspend)
-        lb_fill_remove_file(ck->path);
+        lb_ckpt_remove_file(ck->path);
     return 0;
 }
 

@@ -93,8 +93,6 @@ int lb_fill_start(struct lb_fill *f, struct lb_error *err);
 int lb_fill_decide(struct lb_fill *f, bool decide, struct lb_error *err);
 void lb_fill_stop(struct lb_fill *f);  /* threads end; nothing else changes */
 void lb_fill_free(struct lb_fill *f);  /* NULL is fine */
-/* A suspended VM runs again: the file is the VM no more. Durable. */
-void lb_fill_remove_file(const char *path);
 
 /* ---- the working set (fill_ws.c) */
 

@@ -106,3 +106,11 @@ struct lb_vm_ident lb_ckpt_ident(const struct lb_vm_entry *e)
     return (struct lb_vm_ident){.name = e->name, .proc = e->proc,
                                 .qmp_path = e->qmp_path[0] ? e->qmp_path : NULL};
 }
+
+void lb_ckpt_remove_file(const char *path)
+{
+    struct lb_error why = LB_ERROR_INIT;
+
+    if (lb_file_remove(path, &why))
+        lb_log_error(LB_LOG_WARN, &why);
+}

@@ -321,7 +321,7 @@ static int run(struct lb_restore *r, struct lb_error *err)
     if (save_entry(r, &why)) /* recovery writes it, and removes the file then */
         lb_log_error(LB_LOG_WARN, &why);
     else if (r->own)
-        lb_fill_remove_file(r->ck.path);
+        lb_ckpt_remove_file(r->ck.path);
     return 0;
 }
 

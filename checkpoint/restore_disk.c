@@ -11,8 +11,6 @@
 #include "checkpoint/restore_internal.h"
 
 #include "checkpoint/catalog_internal.h"
-#include "core/host.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -136,7 +134,7 @@ void lb_restore_keep_disks(const struct lb_ckpt_env *env, const char *name)
 /* An empty file NAME.lb-N.qcow2 beside the image, with its owner and its mode. */
 static char *reserve(const struct lb_restore *r, const char *image, struct lb_error *err)
 {
-    LB_AUTO_FREE char *dir = lb_host_parent(image);
+    LB_AUTO_FREE char *dir = lb_path_parent(image);
     const struct lb_vm_desc *d = &r->ck.info.meta.desc;
     struct stat st;
 

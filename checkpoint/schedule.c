@@ -126,16 +126,9 @@ int lb_schedule_remove(const char *state_dir, const char *vm, struct lb_error *e
 {
     if (check_name(vm, err))
         return -1;
-    LB_AUTO_FREE char *dir = lb_vm_dir(state_dir, vm, false);
     LB_AUTO_FREE char *path = path_of(state_dir, vm);
 
-    if (unlink(path) < 0)
-        return errno == ENOENT ? 0
-                               : lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot remove %s", path);
-    LB_AUTO_FD int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || (fsync(fd) < 0 && errno != EINVAL))
-        return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot sync directory %s", dir);
-    return 0;
+    return lb_file_remove(path, err);
 }
 
 /* ------------------------------------------------------------------ the time */

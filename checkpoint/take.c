@@ -131,20 +131,6 @@ static int try_continue(struct lb_take *t, struct lb_error *err)
     return 0;
 }
 
-static void remove_file(const char *path)
-{
-    LB_AUTO_FREE char *dir = lb_strdup(path);
-    char *slash = strrchr(dir, '/');
-
-    if (unlink(path) < 0 && errno != ENOENT)
-        lb_log(LB_LOG_WARN, "cannot remove %s: %s", path, strerror(errno));
-    if (slash)
-        *slash = '\0';
-    LB_AUTO_FD int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd >= 0)
-        fsync(fd);
-}
-
 /* What the entry says after a failure; *err as a person should read it. */
 static void entry_after_failure(struct lb_take *t, bool continued, const struct lb_error *why, struct lb_error *err)
 {
@@ -179,7 +165,7 @@ static void give_up(struct lb_take *t, struct lb_error *err)
     bool continued;
 
     if (t->committed) /* of a suspend: not the VM, as soon as the guest goes on */
-        remove_file(t->path);
+        lb_ckpt_remove_file(t->path);
     continued = !try_continue(t, &why);
     lb_sm_move(&t->sm, S_FAILED);
     /* Nothing was done to it; only of its death is to be told. */

@@ -61,12 +61,6 @@ static int fail_write(const struct lb_out *o, int sys_errno, const char *what, s
 
 /* ------------------------------------------------------------------ temporary files */
 
-static char *dir_of(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    return !slash ? lb_strdup(".") : slash == path ? lb_strdup("/") : lb_asprintf("%.*s", (int)(slash - path), path);
-}
-
 static const char *base_of(const char *path)
 {
     const char *slash = strrchr(path, '/');
@@ -228,7 +222,7 @@ int lb_out_open(const char *path, bool buffered, struct lb_out **out, struct lb_
     int e;
 
     o->path = lb_strdup(path);
-    o->dir = dir_of(path);
+    o->dir = lb_path_parent(path);
     o->tmp = lb_asprintf("%s.tmp-%d", path, (int)getpid());
     o->fd = -1;
     pthread_mutex_init(&o->lock, NULL);

@@ -180,6 +180,12 @@ int lb_file_read(const char *path, size_t max_bytes, char **out, size_t *len,
 /* Append one line + '\n' and fsync (history). */
 int lb_file_append_line(const char *path, const char *line, struct lb_error *err);
 int lb_mkdir_p(const char *path, mode_t mode, struct lb_error *err);
+/* What was made, renamed or removed in a directory is durable. */
+int lb_sync_dir(const char *dir, struct lb_error *err);
+/* Remove a file, durably; missing is success. */
+int lb_file_remove(const char *path, struct lb_error *err);
+/* Directory part of path: "." when there is none. Caller frees. */
+char *lb_path_parent(const char *path);
 /* Remove a file or a whole directory tree; missing is success. */
 int lb_remove_tree(const char *path, struct lb_error *err);
 

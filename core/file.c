@@ -29,8 +29,7 @@ static int fail_file(struct lb_error *err, int sys_errno, const char *what, cons
     return -1;
 }
 
-/* Directory part of path: "." when there is none. Caller frees. */
-static char *dir_of(const char *path)
+char *lb_path_parent(const char *path)
 {
     const char *slash = strrchr(path, '/');
     if (!slash)
@@ -40,7 +39,7 @@ static char *dir_of(const char *path)
     return lb_asprintf("%.*s", (int)(slash - path), path);
 }
 
-static int sync_dir(const char *dir, struct lb_error *err)
+int lb_sync_dir(const char *dir, struct lb_error *err)
 {
     LB_AUTO_FD int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0)
@@ -70,7 +69,7 @@ static int write_file(int fd, const void *data, size_t len)
 int lb_file_write_atomic(const char *path, const void *data, size_t len, mode_t mode,
                          struct lb_error *err)
 {
-    LB_AUTO_FREE char *dir = dir_of(path);
+    LB_AUTO_FREE char *dir = lb_path_parent(path);
     const char *slash = strrchr(path, '/');
     const char *base = slash ? slash + 1 : path;
     LB_AUTO_FREE char *tmp = lb_asprintf("%s/.%s.XXXXXX.tmp", dir, base);
@@ -88,7 +87,7 @@ int lb_file_write_atomic(const char *path, const void *data, size_t len, mode_t 
         unlink(tmp);
         return -1;
     }
-    return sync_dir(dir, err);
+    return lb_sync_dir(dir, err);
 }
 
 int lb_file_read(const char *path, size_t max_bytes, char **out, size_t *len,
@@ -161,9 +160,21 @@ int lb_file_append_line(const char *path, const char *line, struct lb_error *err
         return -1;
     }
     if (st.st_size == 0) { /* perhaps new: its name must survive too */
-        LB_AUTO_FREE char *dir = dir_of(path);
-        return sync_dir(dir, err);
+        LB_AUTO_FREE char *dir = lb_path_parent(path);
+        return lb_sync_dir(dir, err);
     }
+    return 0;
+}
+
+int lb_file_remove(const char *path, struct lb_error *err)
+{
+    LB_AUTO_FREE char *dir = lb_path_parent(path);
+
+    if (unlink(path) == 0)
+        return lb_sync_dir(dir, err);
+    if (errno != ENOENT)
+        return fail_file(err, errno, "remove", path);
+    lb_sync_dir(dir, NULL); /* who removed it may have died before this */
     return 0;
 }
 
@@ -178,8 +189,8 @@ int lb_mkdir_p(const char *path, mode_t mode, struct lb_error *err)
         char saved = *end;
         *end = '\0';
         if (mkdir(part, mode) == 0) {
-            LB_AUTO_FREE char *parent = dir_of(part);
-            if (sync_dir(parent, err) < 0)
+            LB_AUTO_FREE char *parent = lb_path_parent(part);
+            if (lb_sync_dir(parent, err) < 0)
                 return -1;
         } else {
             /* EEXIST for most, but also EROFS, EACCES of a parent that exists */

@@ -64,14 +64,6 @@ int lb_host_access_as(uid_t uid, gid_t gid, const char *path, int mode)
     return WIFEXITED(status) ? WEXITSTATUS(status) : EIO;
 }
 
-char *lb_host_parent(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    if (!slash)
-        return lb_strdup(".");
-    return lb_asprintf("%.*s", slash == path ? 1 : (int)(slash - path), path);
-}
-
 /* ---------------------------------------------------------------- programs */
 
 static void read_output(int fd, uint64_t deadline_ns, char *buf, size_t cap, size_t *used,

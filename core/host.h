@@ -8,8 +8,6 @@
 /* May a process of uid:gid (and the user's other groups) do `mode` (R_OK | W_OK |
  * X_OK) on path? 0 or an errno; asked in a child with exactly those credentials. */
 int lb_host_access_as(uid_t uid, gid_t gid, const char *path, int mode);
-/* Directory part of path; caller frees. */
-char *lb_host_parent(const char *path);
 /* Output (stdout, at most 1 MiB) of a program, killed after timeout_ms. */
 int lb_host_run(const char *const argv[], unsigned timeout_ms, char **out, struct lb_error *err);
 /* `EMULATOR --version` and `-machine help`, remembered until the file changes. The

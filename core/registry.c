@@ -202,11 +202,8 @@ int lb_vm_entry_save(const char *state_dir, const struct lb_vm_entry *e, struct 
 static int sync_vms(const char *state_dir, struct lb_error *err)
 {
     LB_AUTO_FREE char *vms = lb_asprintf("%s/vms", state_dir);
-    LB_AUTO_FD int fd = open(vms, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 
-    if (fd < 0 || (fsync(fd) < 0 && errno != EINVAL))
-        return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot sync directory %s", vms);
-    return 0;
+    return lb_sync_dir(vms, err);
 }
 
 /* Nothing in it but the lock and what a crash left of vm.json? */
@@ -248,9 +245,7 @@ int lb_vm_entry_remove(const char *state_dir, const char *name, struct lb_error 
     if (keep) {
         if (unlink(path) < 0 && errno != ENOENT)
             return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot remove %s", path);
-        LB_AUTO_FD int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-        if (fd >= 0)
-            fsync(fd);
+        lb_sync_dir(dir, NULL);
         if (!holds_nothing(dir))
             return 0;
     }

@@ -341,7 +341,7 @@ static bool is_copied(const struct dest *x, const char *path)
 
 static void check_copied(const struct dest *x, const char *path, int e)
 {
-    LB_AUTO_FREE char *dir = lb_host_parent(path);
+    LB_AUTO_FREE char *dir = lb_path_parent(path);
 
     if (e == ENOENT && access(dir, W_OK) == 0)
         lb_report_add(x->r, "disks", LB_CHECK_OK, NULL, "%s will be made for the copy", path);
@@ -458,7 +458,7 @@ static void check_name(const struct dest *x)
 static int check_file(const struct dest *x, const struct lb_arg_item *it)
 {
     LB_AUTO_FREE char *path = local_path(x, it->value);
-    LB_AUTO_FREE char *parent = lb_host_parent(path);
+    LB_AUTO_FREE char *parent = lb_path_parent(path);
     char what[64];
     int e;
 
@@ -496,7 +496,7 @@ static void check_files(const struct dest *x)
 static int check_socket(const struct dest *x, const struct lb_arg_item *it)
 {
     LB_AUTO_FREE char *path = local_path(x, it->value);
-    LB_AUTO_FREE char *parent = lb_host_parent(path);
+    LB_AUTO_FREE char *parent = lb_path_parent(path);
     char remedy[384];
     bool served = lb_host_unix_served(path);
 
@@ -516,7 +516,7 @@ static int check_socket(const struct dest *x, const struct lb_arg_item *it)
         return 0;
     }
     if (served) {
-        LB_AUTO_FREE char *dir = lb_host_parent(it->value);
+        LB_AUTO_FREE char *dir = lb_path_parent(it->value);
         snprintf(remedy, sizeof(remedy), "give it another place on this host in the configuration: "
                  "path = %.120s -> ANOTHER-DIRECTORY", dir);
         refuse(x->r, "sockets", remedy, "the socket %s of %s is in use by another process here", path,

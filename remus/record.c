@@ -119,15 +119,7 @@ static int remove_file(const char *state_dir, const char *vm, const char *file, 
     LB_AUTO_FREE char *dir = lb_vm_dir(state_dir, vm, false);
     LB_AUTO_FREE char *path = lb_asprintf("%s/%s", dir, file);
 
-    if (unlink(path) < 0) {
-        if (errno == ENOENT)
-            return 0;
-        return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot remove %s", path);
-    }
-    LB_AUTO_FD int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || (fsync(fd) < 0 && errno != EINVAL))
-        return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot sync directory %s", dir);
-    return 0;
+    return lb_file_remove(path, err);
 }
 
 /* ------------------------------------------------------------------ the wish */
