@@ -16,8 +16,7 @@ enum {
 enum { MAX_REFS = 1000 };
 
 struct args {
-    struct lb_watch watch;
-    struct lb_key_args key;
+    struct lb_work work;
     char *refs[MAX_REFS];
     unsigned n_refs, min_refs, max_refs;
     const char *wanted;        /* what the arguments are, for messages */
@@ -62,9 +61,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
     switch (key) {
     case ARGP_KEY_INIT:
-        state->child_inputs[0] = a->watch.cli;
-        state->child_inputs[1] = &a->key;
-        state->child_inputs[2] = &a->watch;
+        lb_work_inputs(&a->work, state);
         return 0;
     case OPT_LABEL:
         a->label = arg;
@@ -124,9 +121,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     }
 }
 
-static const struct argp_child with_key[] = {{&lb_json_argp, 0, NULL, 0}, {&lb_key_argp, 0, NULL, 0},
-                                             {&lb_watch_argp, 0, NULL, 0}, {0}};
-
 /* One of the words: its options, then its arguments in a. */
 struct word {
     const char *name, *args, *doc;
@@ -164,16 +158,16 @@ static int schedule(struct args *a)
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
     Lb__RpcSchedule m = LB__RPC_SCHEDULE__INIT;
     struct lb_error err = LB_ERROR_INIT;
-    LB_AUTO_FREE char *key = a->key.file ? realpath(a->key.file, NULL) : lb_strdup("");
+    LB_AUTO_FREE char *key = a->work.key.file ? realpath(a->work.key.file, NULL) : lb_strdup("");
 
     if (!key) {
-        lb_fail_errno(&err, LB_E_NOT_FOUND, errno, "cannot find the key file %s", a->key.file);
-        return lb_cli_fail(a->watch.cli, &err);
+        lb_fail_errno(&err, LB_E_NOT_FOUND, errno, "cannot find the key file %s", a->work.key.file);
+        return lb_cli_fail(a->work.watch.cli, &err);
     }
-    if (a->key.ask || a->key.passphrase_file) {
+    if (a->work.key.ask || a->work.key.passphrase_file) {
         lb_fail(&err, LB_E_USAGE, "a schedule has nobody to ask for a passphrase");
         lb_remedy(&err, "give --key FILE");
-        return lb_cli_fail(a->watch.cli, &err);
+        return lb_cli_fail(a->work.watch.cli, &err);
     }
     m.name = a->refs[0];
     m.every_ms = a->every_ms;
@@ -183,7 +177,7 @@ static int schedule(struct args *a)
     m.off = a->every_off;
     r.kind_case = LB__RPC_REQUEST__KIND_SCHEDULE;
     r.schedule = &m;
-    return lb_ask(a->watch.cli, &r, show_schedule);
+    return lb_ask(a->work.watch.cli, &r, show_schedule);
 }
 
 static const struct argp_option take_options[] = {
@@ -201,9 +195,6 @@ static int take(struct args *a, const struct word *w)
 {
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
     Lb__RpcCheckpoint m = LB__RPC_CHECKPOINT__INIT;
-    Lb__RpcKey key = LB__RPC_KEY__INIT;
-    struct lb_error err = LB_ERROR_INIT;
-    int rc;
 
     (void)w;
     if (a->every) {
@@ -211,20 +202,15 @@ static int take(struct args *a, const struct word *w)
             a->keep = 24;
         return schedule(a);
     }
-    if (lb_key_get(&a->key, true, &key, &err) < 0)
-        return lb_cli_fail(a->watch.cli, &err);
     m.name = a->refs[0];
     m.label = a->label ? a->label : (char *)"";
     m.no_disk = a->no_disk;
     m.full = a->full;
     m.zstd_level = a->level;
     m.bandwidth_bytes_per_s = a->bandwidth;
-    m.key = &key;
     r.kind_case = LB__RPC_REQUEST__KIND_CHECKPOINT;
     r.checkpoint = &m;
-    rc = lb_watch(&a->watch, &r, show_taken, NULL);
-    lb_key_wipe(&key);
-    return rc;
+    return lb_work_run(&a->work, true, &r, &m.key, show_taken, NULL);
 }
 
 /* ------------------------------------------------------------------- the catalog */
@@ -232,25 +218,17 @@ static int take(struct args *a, const struct word *w)
 static int ask_catalog(struct args *a, const char *op, Lb__RpcCatalog *m, void (*show)(const json_t *o))
 {
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
-    Lb__RpcKey key = LB__RPC_KEY__INIT;
-    struct lb_error err = LB_ERROR_INIT;
-    int rc;
 
-    if (lb_key_get(&a->key, false, &key, &err) < 0)
-        return lb_cli_fail(a->watch.cli, &err);
     m->op = (char *)op;
     if (!m->refs) {
         m->refs = a->refs;
         m->n_refs = a->n_refs;
     }
-    m->key = &key;
     r.kind_case = LB__RPC_REQUEST__KIND_CATALOG;
     r.catalog = m;
-    a->watch.vm = a->n_refs ? a->refs[0] : "";
-    a->watch.stops = true;
-    rc = lb_watch(&a->watch, &r, show, NULL);
-    lb_key_wipe(&key);
-    return rc;
+    a->work.watch.vm = a->n_refs ? a->refs[0] : "";
+    a->work.watch.stops = true;
+    return lb_work_run(&a->work, false, &r, &m->key, show, NULL);
 }
 
 static void show_list(const json_t *o)
@@ -371,7 +349,7 @@ static int verify(struct args *a, const struct word *w)
     Lb__RpcCatalog m = LB__RPC_CATALOG__INIT;
 
     m.deep = !a->quick;
-    a->watch.judge = judge_verified;
+    a->work.watch.judge = judge_verified;
     return ask_catalog(a, w->name, &m, show_verified);
 }
 
@@ -402,7 +380,7 @@ static bool sure(const struct args *a, const char *what)
 {
     char answer[16];
 
-    if (a->yes || a->dry_run || a->watch.cli->json || !isatty(STDIN_FILENO))
+    if (a->yes || a->dry_run || a->work.watch.cli->json || !isatty(STDIN_FILENO))
         return true;
     printf("%s (y/N)? ", what);
     fflush(stdout);
@@ -443,7 +421,7 @@ static int prune(struct args *a, const struct word *w)
 
     if (!a->has_keep && !a->older_ms) {
         lb_fail(&err, LB_E_USAGE, "prune needs --keep N, --older TIME, or both");
-        return lb_cli_fail(a->watch.cli, &err);
+        return lb_cli_fail(a->work.watch.cli, &err);
     }
     m.keep = (uint32_t)a->keep;
     m.older_ms = a->older_ms;
@@ -495,7 +473,7 @@ static int import(struct args *a, const struct word *w)
 
     if (!from) {
         lb_fail_errno(&err, LB_E_NOT_FOUND, errno, "cannot find the folder %s", a->refs[0]);
-        return lb_cli_fail(a->watch.cli, &err);
+        return lb_cli_fail(a->work.watch.cli, &err);
     }
     m.refs = &from;
     m.n_refs = 1;
@@ -553,13 +531,13 @@ static int run(struct lb_cli *cli, int argc, char **argv)
     } else {
         w = &words[0];
     }
-    const struct argp argp = {w->options, parse, w->args, w->doc, with_key, NULL, NULL};
-    a->watch.cli = cli;
+    const struct argp argp = {w->options, parse, w->args, w->doc, lb_work_children, NULL, NULL};
+    a->work.watch.cli = cli;
     a->min_refs = w->min;
     a->max_refs = w->max;
     a->wanted = w->args;
     lb_parse(name, &argp, 0, argc, argv, a);
-    a->watch.vm = a->n_refs ? a->refs[0] : "";
+    a->work.watch.vm = a->n_refs ? a->refs[0] : "";
     return w->run(a, w);
 }
 

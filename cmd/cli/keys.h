@@ -34,4 +34,16 @@ extern const struct argp lb_watch_argp;
 int lb_watch(struct lb_watch *w, const Lb__RpcRequest *r, void (*show)(const json_t *result),
              void (*on_event)(const json_t *event));
 
+/* Both, of a subcommand that has long work done: lb_work_children are its child parsers, with --json; at ARGP_KEY_INIT it
+ * calls lb_work_inputs. */
+struct lb_work {
+    struct lb_watch watch;
+    struct lb_key_args key;
+};
+extern const struct argp_child lb_work_children[];
+void lb_work_inputs(struct lb_work *w, struct argp_state *state);
+/* Gets the key into *slot (a field of r), watches r as lb_watch does, wipes the key; the exit status. */
+int lb_work_run(struct lb_work *w, bool make, const Lb__RpcRequest *r, Lb__RpcKey **slot,
+                void (*show)(const json_t *result), void (*on_event)(const json_t *event));
+
 #endif

@@ -7,17 +7,13 @@ enum { OPT_AS = 256, OPT_EAGER, OPT_WAIT, OPT_PAUSED, OPT_FORCE, OPT_TAP, OPT_NA
 enum { MAX_TAPS = 64 };
 
 struct args {
-    struct lb_watch watch;
-    struct lb_key_args key;
+    struct lb_work work;
     char *ref, *as, *name, *tap;
     unsigned long count;
     bool eager, wait, paused, force;
     Lb__RpcTap taps[MAX_TAPS], *tap_list[MAX_TAPS];
     unsigned n_taps;
 };
-
-static const struct argp_child children[] = {{&lb_json_argp, 0, NULL, 0}, {&lb_key_argp, 0, NULL, 0},
-                                             {&lb_watch_argp, 0, NULL, 0}, {0}};
 
 void lb_show_running(const json_t *ev)
 {
@@ -64,9 +60,7 @@ static error_t parse_restore(int key, char *arg, struct argp_state *state)
 
     switch (key) {
     case ARGP_KEY_INIT:
-        state->child_inputs[0] = a->watch.cli;
-        state->child_inputs[1] = &a->key;
-        state->child_inputs[2] = &a->watch;
+        lb_work_inputs(&a->work, state);
         return 0;
     case OPT_AS:
         a->as = arg;
@@ -113,34 +107,26 @@ static int run_restore(struct lb_cli *cli, int argc, char **argv)
     };
     const struct argp argp = {options, parse_restore, lb_cmd_restore.args,
                               "Run a VM from a checkpoint. Its disks begin as they were then; what was written since is kept "
-                              "beside them.", children, NULL, NULL};
-    struct args a = {.watch.cli = cli};
+                              "beside them.", lb_work_children, NULL, NULL};
+    struct args a = {.work.watch.cli = cli};
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
     Lb__RpcRestore m = LB__RPC_RESTORE__INIT;
-    Lb__RpcKey key = LB__RPC_KEY__INIT;
-    struct lb_error err = LB_ERROR_INIT;
     char vm[128];
-    int rc;
 
     lb_parse("restore", &argp, 0, argc, argv, &a);
-    if (lb_key_get(&a.key, false, &key, &err) < 0)
-        return lb_cli_fail(cli, &err);
     m.ref = a.ref;
     m.as = a.as ? a.as : (char *)"";
     m.eager = a.eager;
     m.wait = a.wait;
     m.paused = a.paused;
     m.force = a.force;
-    m.key = &key;
     m.taps = a.tap_list;
     m.n_taps = a.n_taps;
     snprintf(vm, sizeof(vm), "%.*s", (int)strcspn(a.ref, "@"), a.ref);
-    a.watch.vm = a.as ? a.as : vm;
+    a.work.watch.vm = a.as ? a.as : vm;
     r.kind_case = LB__RPC_REQUEST__KIND_RESTORE;
     r.restore = &m;
-    rc = lb_watch(&a.watch, &r, lb_show_restored, a.wait ? lb_show_running : NULL);
-    lb_key_wipe(&key);
-    return rc;
+    return lb_work_run(&a.work, false, &r, &m.key, lb_show_restored, a.wait ? lb_show_running : NULL);
 }
 
 const struct lb_cmd lb_cmd_restore = {"restore", "CHECKPOINT", "Run a VM from a checkpoint", run_restore};
@@ -153,9 +139,7 @@ static error_t parse_clone(int key, char *arg, struct argp_state *state)
 
     switch (key) {
     case ARGP_KEY_INIT:
-        state->child_inputs[0] = a->watch.cli;
-        state->child_inputs[1] = &a->key;
-        state->child_inputs[2] = &a->watch;
+        lb_work_inputs(&a->work, state);
         return 0;
     case OPT_NAME:
         a->name = arg;
@@ -198,28 +182,20 @@ static int run_clone(struct lb_cli *cli, int argc, char **argv)
     };
     const struct argp argp = {options, parse_clone, lb_cmd_clone.args,
                               "Start N VMs from one checkpoint. They share the memory that none of them writes; each has disks, "
-                              "and after its next boot MAC addresses and a UUID, of its own.", children, NULL, NULL};
-    struct args a = {.watch = {.cli = cli, .stops = true}};
+                              "and after its next boot MAC addresses and a UUID, of its own.", lb_work_children, NULL, NULL};
+    struct args a = {.work.watch = {.cli = cli, .stops = true}};
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
     Lb__RpcClone m = LB__RPC_CLONE__INIT;
-    Lb__RpcKey key = LB__RPC_KEY__INIT;
-    struct lb_error err = LB_ERROR_INIT;
-    int rc;
 
     lb_parse("clone", &argp, 0, argc, argv, &a);
-    if (lb_key_get(&a.key, false, &key, &err) < 0)
-        return lb_cli_fail(cli, &err);
     m.ref = a.ref;
     m.count = (uint32_t)a.count;
     m.name = a.name ? a.name : (char *)"";
     m.tap = a.tap ? a.tap : (char *)"";
-    m.key = &key;
-    a.watch.vm = a.ref;
+    a.work.watch.vm = a.ref;
     r.kind_case = LB__RPC_REQUEST__KIND_CLONE;
     r.clone = &m;
-    rc = lb_watch(&a.watch, &r, show_clones, NULL);
-    lb_key_wipe(&key);
-    return rc;
+    return lb_work_run(&a.work, false, &r, &m.key, show_clones, NULL);
 }
 
 const struct lb_cmd lb_cmd_clone = {"clone", "CHECKPOINT N", "Start several VMs from a checkpoint", run_clone};

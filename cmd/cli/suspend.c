@@ -6,8 +6,7 @@
 enum { OPT_ALL = 256, OPT_LEVEL, OPT_EAGER, OPT_WAIT, OPT_FORCE };
 
 struct args {
-    struct lb_watch watch;
-    struct lb_key_args key;
+    struct lb_work work;
     char *name;
     bool all, eager, wait, force;
     int level;
@@ -19,9 +18,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
     switch (key) {
     case ARGP_KEY_INIT:
-        state->child_inputs[0] = a->watch.cli;
-        state->child_inputs[1] = &a->key;
-        state->child_inputs[2] = &a->watch;
+        lb_work_inputs(&a->work, state);
         return 0;
     case OPT_ALL:
         a->all = true;
@@ -52,14 +49,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     }
 }
 
-static const struct argp_child children[] = {{&lb_json_argp, 0, NULL, 0}, {&lb_key_argp, 0, NULL, 0},
-                                             {&lb_watch_argp, 0, NULL, 0}, {0}};
-
 /* ---------------------------------------------------------------------- all of them */
 
 static bool has_key(const struct args *a)
 {
-    return a->key.file || a->key.ask || a->key.passphrase_file;
+    return a->work.key.file || a->work.key.ask || a->work.key.passphrase_file;
 }
 
 static void on_vm(const json_t *ev)
@@ -113,14 +107,12 @@ static int run_suspend(struct lb_cli *cli, int argc, char **argv)
     };
     const struct argp argp = {options, parse, lb_cmd_suspend.args,
                               "Write a running VM to disk and end its process. Whatever fails before the file is complete and "
-                              "durable, the VM goes on running.", children, NULL, NULL};
-    struct args a = {.watch.cli = cli};
+                              "durable, the VM goes on running.", lb_work_children, NULL, NULL};
+    struct args a = {.work.watch.cli = cli};
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
     Lb__RpcCheckpoint m = LB__RPC_CHECKPOINT__INIT;
     Lb__RpcName all = LB__RPC_NAME__INIT;
-    Lb__RpcKey key = LB__RPC_KEY__INIT;
     struct lb_error err = LB_ERROR_INIT;
-    int rc;
 
     lb_parse("suspend", &argp, 0, argc, argv, &a);
     if (a.all && has_key(&a)) {
@@ -131,20 +123,15 @@ static int run_suspend(struct lb_cli *cli, int argc, char **argv)
     if (a.all) {
         r.kind_case = LB__RPC_REQUEST__KIND_SUSPEND_ALL;
         r.suspend_all = &all;
-        return lb_watch(&a.watch, &r, show_all, on_vm);
+        return lb_watch(&a.work.watch, &r, show_all, on_vm);
     }
-    if (lb_key_get(&a.key, true, &key, &err) < 0)
-        return lb_cli_fail(cli, &err);
-    a.watch.vm = a.name;
+    a.work.watch.vm = a.name;
     m.name = a.name;
     m.suspend = true;
-    m.key = &key;
     m.zstd_level = a.level;
     r.kind_case = LB__RPC_REQUEST__KIND_CHECKPOINT;
     r.checkpoint = &m;
-    rc = lb_watch(&a.watch, &r, show_suspend, NULL);
-    lb_key_wipe(&key);
-    return rc;
+    return lb_work_run(&a.work, true, &r, &m.key, show_suspend, NULL);
 }
 
 const struct lb_cmd lb_cmd_suspend = {"suspend", "NAME|--all", "Write a VM to disk and end it", run_suspend};
@@ -162,42 +149,31 @@ static int run_resume(struct lb_cli *cli, int argc, char **argv)
     };
     const struct argp argp = {options, parse, lb_cmd_resume.args,
                               "Bring a suspended VM back. It runs at once, its memory comes from the file when it is touched, "
-                              "and the rest in the background.", children, NULL, NULL};
-    struct args a = {.watch.cli = cli};
+                              "and the rest in the background.", lb_work_children, NULL, NULL};
+    struct args a = {.work.watch.cli = cli};
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
     Lb__RpcRestore m = LB__RPC_RESTORE__INIT;
     Lb__RpcName all = LB__RPC_NAME__INIT;
-    Lb__RpcKey key = LB__RPC_KEY__INIT;
-    struct lb_error err = LB_ERROR_INIT;
-    int rc;
 
     lb_parse("resume", &argp, 0, argc, argv, &a);
     if (a.all && !has_key(&a)) {
         r.kind_case = LB__RPC_REQUEST__KIND_RESUME_ALL;
         r.resume_all = &all;
-        return lb_watch(&a.watch, &r, show_all, on_vm);
+        return lb_watch(&a.work.watch, &r, show_all, on_vm);
     }
-    if (lb_key_get(&a.key, false, &key, &err) < 0)
-        return lb_cli_fail(cli, &err);
     if (a.all) {
         r.kind_case = LB__RPC_REQUEST__KIND_FILL_KEY;
-        r.fill_key = &key;
-        rc = lb_watch(&a.watch, &r, show_all, on_vm);
-        lb_key_wipe(&key);
-        return rc;
+        return lb_work_run(&a.work, false, &r, &r.fill_key, show_all, on_vm);
     }
-    a.watch.vm = a.name;
+    a.work.watch.vm = a.name;
     m.ref = a.name;
     m.resume = true;
     m.eager = a.eager;
     m.wait = a.wait;
     m.force = a.force;
-    m.key = &key;
     r.kind_case = LB__RPC_REQUEST__KIND_RESTORE;
     r.restore = &m;
-    rc = lb_watch(&a.watch, &r, lb_show_restored, a.wait ? lb_show_running : NULL);
-    lb_key_wipe(&key);
-    return rc;
+    return lb_work_run(&a.work, false, &r, &m.key, lb_show_restored, a.wait ? lb_show_running : NULL);
 }
 
 const struct lb_cmd lb_cmd_resume = {"resume", "NAME|--all", "Bring a suspended VM back", run_resume};

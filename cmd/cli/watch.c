@@ -157,3 +157,31 @@ int lb_watch(struct lb_watch *w, const Lb__RpcRequest *r, void (*show)(const jso
     json_decref(o);
     return rc;
 }
+
+/* ------------------------------------------------------------------ with a key */
+
+const struct argp_child lb_work_children[] = {{&lb_json_argp, 0, NULL, 0}, {&lb_key_argp, 0, NULL, 0},
+                                              {&lb_watch_argp, 0, NULL, 0}, {0}};
+
+void lb_work_inputs(struct lb_work *w, struct argp_state *state)
+{
+    state->child_inputs[0] = w->watch.cli;
+    state->child_inputs[1] = &w->key;
+    state->child_inputs[2] = &w->watch;
+}
+
+int lb_work_run(struct lb_work *w, bool make, const Lb__RpcRequest *r, Lb__RpcKey **slot,
+                void (*show)(const json_t *result), void (*event)(const json_t *event))
+{
+    Lb__RpcKey key = LB__RPC_KEY__INIT;
+    struct lb_error err = LB_ERROR_INIT;
+    int rc;
+
+    if (lb_key_get(&w->key, make, &key, &err) < 0)
+        return lb_cli_fail(w->watch.cli, &err);
+    *slot = &key;
+    rc = lb_watch(&w->watch, r, show, event);
+    *slot = NULL;
+    lb_key_wipe(&key);
+    return rc;
+}
