@@ -222,16 +222,16 @@ static struct session *spawn_item(struct daemon *d, const struct item *it, struc
         take.suspend = true;
         r.kind_case = LB__RPC_REQUEST__KIND_CHECKPOINT;
         r.checkpoint = &take;
-        return lb_session_spawn_for(d, "checkpoint", it->vm, &r, err);
+        return lb_session_spawn_for(d, "checkpoint", it->vm, "", &r, err);
     case LB__RPC_REQUEST__KIND_RESUME_ALL:
         resume.ref = (char *)it->vm;
         resume.resume = true;
         r.kind_case = LB__RPC_REQUEST__KIND_RESTORE;
         r.restore = &resume;
-        return lb_session_spawn_for(d, "restore", it->vm, &r, err);
+        return lb_session_spawn_for(d, "restore", it->vm, "", &r, err);
     default:
         key = lb__rpc_request__unpack(NULL, d->batch->request_len, d->batch->request);
-        s = lb_session_spawn_for(d, "fill", it->vm, key, err);
+        s = lb_session_spawn_for(d, "fill", it->vm, "", key, err);
         lb_ckpt_key_wipe(lb_ckpt_key_of(key));
         lb__rpc_request__free_unpacked(key, NULL);
         return s;

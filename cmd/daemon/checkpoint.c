@@ -156,7 +156,7 @@ void lb_ckpt_abandon(struct session *s)
 static void start(struct client *c, struct daemon *d, const char *role, const char *vm,
                   const Lb__RpcRequest *r, bool all, struct lb_error *err)
 {
-    struct session *s = err->code ? NULL : lb_session_spawn_for(d, role, vm, r, err);
+    struct session *s = err->code ? NULL : lb_session_spawn_for(d, role, vm, "", r, err);
 
     if (s)
         lb_client_watch(c, s, all);
@@ -341,7 +341,7 @@ void lb_schedule_scan(struct daemon *d, const struct lb_vm_entry *e)
     m.name = (char *)e->name;
     r.kind_case = LB__RPC_REQUEST__KIND_SCHEDULE;
     r.schedule = &m;
-    if (!lb_session_spawn_for(d, "scheduled", e->name, &r, &err))
+    if (!lb_session_spawn_for(d, "scheduled", e->name, "", &r, &err))
         lb_log_error(LB_LOG_ERROR, &err);
 }
 
@@ -374,7 +374,7 @@ void lb_fill_scan(struct daemon *d, const struct lb_vm_entry *e)
 
     if (!lb_recover_due(d, e->name))
         return;
-    if (!lb_session_spawn_for(d, alive ? "fill" : "recover", e->name, &none, &err))
+    if (!lb_session_spawn_for(d, alive ? "fill" : "recover", e->name, "", &none, &err))
         lb_log_error(LB_LOG_ERROR, &err);
 }
 

@@ -176,11 +176,12 @@ int lb_sessions_start(struct daemon *d, struct lb_error *err);
 struct session *lb_session_spawn(struct daemon *d, const char *role, const char *vm,
                                  const char *host, const Lb__MigrateOptions *opts, int conn_fd,
                                  struct lb_error *err);
-/* The same for what a request asks for; vm "": none yet, or never one. */
+/* The same for what a request asks for; vm "": none yet, or never one; host "": no other is asked. */
 struct session *lb_session_spawn_for(struct daemon *d, const char *role, const char *vm,
-                                     const Lb__RpcRequest *r, struct lb_error *err);
+                                     const char *host, const Lb__RpcRequest *r,
+                                     struct lb_error *err);
 /* The session at work on it; one that has said its result is as good as gone (its lock goes
- * with its process: lb_vm_lock_patiently). */
+ * with its process: lb_vm_lock_patiently). One that only asks another host about the VM does not count. */
 struct session *lb_session_of_vm(struct daemon *d, const char *vm);
 /* Does it keep the VM from anything new? One that brings it in, or has just filled it, is about to end: whoever
  * comes next waits for the lock. NULL does not. */

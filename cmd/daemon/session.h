@@ -32,5 +32,9 @@ int lb_work_fill(struct sess *s, char **json, struct lb_error *err);
 int lb_work_clone(struct sess *s, char **json, struct lb_error *err);
 /* ckpt_catalog.c */
 int lb_work_catalog(struct sess *s, char **json, struct lb_error *err);
+/* evac_plan.c: {"plan":{the event "plan" of migrate/evacuate.h}, "inventory":{...}} */
+int lb_work_plan(struct sess *s, char **json, struct lb_error *err);
+/* ask.c: what the asked host answered */
+int lb_work_ask(struct sess *s, char **json, struct lb_error *err);
 
 #endif

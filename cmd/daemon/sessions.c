@@ -151,7 +151,7 @@ struct session *lb_session_of_vm(struct daemon *d, const char *vm)
     struct session *s;
 
     LIST_FOREACH (s, &d->sessions, link)
-        if (!s->ended && !strcmp(s->vm, vm))
+        if (!s->ended && !strcmp(s->vm, vm) && strcmp(s->role, "ask"))
             return s;
     return NULL;
 }
@@ -590,12 +590,14 @@ struct session *lb_session_spawn(struct daemon *d, const char *role, const char 
 }
 
 struct session *lb_session_spawn_for(struct daemon *d, const char *role, const char *vm,
-                                     const Lb__RpcRequest *r, struct lb_error *err)
+                                     const char *host, const Lb__RpcRequest *r,
+                                     struct lb_error *err)
 {
     Lb__SessionStart m = LB__SESSION_START__INIT;
 
     m.role = (char *)role;
     m.vm = (char *)vm;
+    m.host = (char *)host;
     m.request = (Lb__RpcRequest *)r;
     return spawn(d, &m, -1, err);
 }
