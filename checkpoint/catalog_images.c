@@ -20,7 +20,6 @@
 #include "core/registry.h"
 
 #include <dirent.h>
-#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
@@ -31,82 +30,8 @@
 /* QEMU holds a lock on this byte of an image (block/file-posix.c: permission bytes from 100, bit 1: write) while it
  * may write to it. */
 enum { QEMU_WRITE_BYTE = 101 };
-#define QCOW2_DATA_FILE (UINT64_C(1) << 2)
 
-/* ------------------------------------------------------------------ image headers */
-
-struct qcow2_bytes { /* big-endian */
-    uint8_t magic[4];
-    uint32_t version;
-    uint64_t backing_at;
-    uint32_t backing_bytes, cluster_bits;
-    uint64_t size_bytes;
-    uint8_t other[40];
-    uint64_t incompatible; /* version 3 */
-} __attribute__((packed));
-_Static_assert(offsetof(struct qcow2_bytes, incompatible) == 72, "qcow2 header");
-
-/* file.filename of a "json:{...}" name. */
-static bool json_file_name(const char *text, char *out, size_t cap)
-{
-    json_t *o = json_loads(text, JSON_REJECT_DUPLICATES, NULL);
-    const json_t *file = json_object_get(o, "file");
-    const char *name = json_string_value(json_object_get(o, "file.filename"));
-
-    if (!name)
-        name = json_string_value(json_object_get(file, "filename"));
-    bool found = name && (size_t)snprintf(out, cap, "%s", name) < cap;
-    json_decref(o);
-    return found;
-}
-
-static void set_backing(const char *path, const char *name, struct lb_qcow2_head *out)
-{
-    char inner[sizeof(out->backing)];
-    const char *slash = strrchr(path, '/');
-
-    if (!strncmp(name, "json:", 5)) {
-        out->opaque = !json_file_name(name + 5, inner, sizeof(inner));
-        name = out->opaque ? name : inner;
-    }
-    if (!strncmp(name, "file:", 5))
-        name += 5;
-    const char *colon = strchr(name, ':'), *first_slash = strchr(name, '/');
-    bool protocol = colon && (!first_slash || colon < first_slash);
-    int len;
-    if (out->opaque || protocol || name[0] == '/' || !slash)
-        len = snprintf(out->backing, sizeof(out->backing), "%s", name);
-    else
-        len = snprintf(out->backing, sizeof(out->backing), "%.*s/%s", (int)(slash - path), path, name);
-    out->opaque |= (size_t)len >= sizeof(out->backing);
-}
-
-int lb_qcow2_head(const char *path, struct lb_qcow2_head *out, struct lb_error *err)
-{
-    struct qcow2_bytes h = {0};
-    char name[sizeof(out->backing)];
-
-    *out = (struct lb_qcow2_head){0};
-    LB_AUTO_FD int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        return lb_fail_errno(err, errno == ENOENT ? LB_E_NOT_FOUND : LB_E_INTERNAL, errno, "cannot open %s", path);
-    ssize_t n = pread(fd, &h, sizeof(h), 0);
-    if (n < (ssize_t)offsetof(struct qcow2_bytes, other) || memcmp(h.magic, "QFI\xfb", 4))
-        return 0;
-    out->qcow2 = true;
-    out->size_bytes = be64toh(h.size_bytes);
-    out->data_file = be32toh(h.version) >= 3 && (be64toh(h.incompatible) & QCOW2_DATA_FILE);
-    uint32_t bytes = be32toh(h.backing_bytes);
-    if (!h.backing_at || !bytes)
-        return 0;
-    if (bytes >= sizeof(name) || pread(fd, name, bytes, (off_t)be64toh(h.backing_at)) != (ssize_t)bytes) {
-        out->opaque = true;
-        return 0;
-    }
-    name[bytes] = '\0';
-    set_backing(path, name, out);
-    return 0;
-}
+/* ------------------------------------------------------------------ who stands on what */
 
 bool lb_same_file(const char *a, const char *b)
 {

@@ -3,6 +3,7 @@
 #define LB_CATALOG_INTERNAL_H
 
 #include "checkpoint/catalog.h"
+#include "core/qcow2.h"
 
 /* ---- disks.json of one VM (disks_json.c) */
 
@@ -51,16 +52,6 @@ int lb_images_reduce(const char *dir, const char *vm, struct lb_disks *d, const 
 /* A join that its session did not see the end of: complete the books when it was done; else forget it when give_up. */
 int lb_images_settle(const char *dir, const char *vm, struct lb_disks *d, bool give_up, struct lb_prune_result *res,
                      int64_t *freed, struct lb_error *err);
-
-/* What the header of an image says. */
-struct lb_qcow2_head {
-    bool qcow2;                      /* else nothing below */
-    uint64_t size_bytes;
-    bool data_file;                  /* its data are in another file */
-    bool opaque;                     /* has a backing file, but which is not said in a way we understand */
-    char backing[1024];              /* absolute, or as it stands there when it is no local file; "" none */
-};
-int lb_qcow2_head(const char *path, struct lb_qcow2_head *out, struct lb_error *err);
 
 bool lb_same_file(const char *a, const char *b);
 /* Images in the folder of `base`, and of `more` (n), that stand on it. NULL-terminated, caller: lb_strv_free. */

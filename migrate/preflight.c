@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <sys/utsname.h>
 
+#include "core/qcow2.h"
 #include "core/qemu/qemu.h"
 #include "core/registry.h"
 #include "core/qemu/argv_scan.h"
@@ -361,7 +362,7 @@ static void check_chain(const struct dest *x, const char *path)
     struct lb_error why = LB_ERROR_INIT;
     char **files = NULL;
     char remedy[384];
-    if (lb_qemu_image_chain(path, &files, &why) < 0) {
+    if (lb_qcow2_chain(path, &files, &why) < 0) {
         refuse(x->r, "disks", "put the file there, or correct the image with `qemu-img rebase -u -b FILE -F "
                "FORMAT`", "%s stands on an image that is missing here: %s", path, why.message);
         return;

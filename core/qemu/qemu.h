@@ -26,9 +26,4 @@ int lb_qemu_receiver_argv(const struct lb_vm_desc *desc, const struct lb_launch_
 int lb_qemu_argv_image(char *const *argv, const char *path, const char *to, const char *format, char ***out,
                        struct lb_error *err);
 
-/* The files a qcow2 image stands on, next one first, as its header and theirs say.
- * Never for an image that may be raw: what it begins with is its guest's. Read without locks: it may be in use. *files NULL-terminated, caller: lb_strv_free. A file that is
- * missing ends it: LB_E_NOT_FOUND names it (the image itself included). */
-int lb_qemu_image_chain(const char *image, char ***files, struct lb_error *err);
-
 #endif

@@ -7,6 +7,7 @@
 #include <endian.h>
 #include <string.h>
 
+#include "core/qcow2.h"
 #include "core/qemu/qemu.h"
 
 #define OLD (char *)"/srv/a.img"
@@ -223,7 +224,7 @@ static unsigned chain(const char *name, char ***files, struct lb_error *err)
 {
     LB_AUTO_FREE char *path = in_dir(name);
     unsigned n = 0;
-    if (lb_qemu_image_chain(path, files, err) < 0)
+    if (lb_qcow2_chain(path, files, err) < 0)
         return 99;
     while ((*files)[n])
         n++;
