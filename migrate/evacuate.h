@@ -40,9 +40,16 @@
  *    "hosts":[{"name","memory_bytes","before_bytes","after_bytes","link_bytes_per_s","maintenance","error"}]}
  *   {"event":"evacuation","phase":,"percent":,"elapsed_s":,"eta_s":(null: not known),"vms":,"done":,"failed":,"left":,"active":,
  *    "bytes":,"bytes_planned":,"throughput_bytes_per_s":,"note":"",
- *    "items":[{"vm","kind","from","to","state","percent","bytes","throughput_bytes_per_s","eta_s","downtime_ms",
+ *    "items":[{"vm","kind","from","to","state","percent","bytes","throughput_bytes_per_s","eta_s","elapsed_s","downtime_ms",
  *              "tries","message","remedy"}]}        at most 4/s; the first and the last have all items, others those that changed
  *   result: the last "evacuation" event with "ok": nothing is left
+ * state: a word of the drawing above in lower case. elapsed_s: since this try began, of one that has ended what it
+ * took. A "plan" in the middle (another "id") is what is left, planned anew.
+ * Result of "plan": the last "plan" event. Of "status" and "cancel" (when it has come to rest): an "evacuation" with all
+ * items; phase "none" when there is none; cancel is refused then (LB_E_STATE).
+ * `maintenance` on, off, status: {"maintenance":true,"since_ms":,"reason":"","left":[as in maintenance.json]}.
+ * off with bring_back streams "evacuation" events of phase "returning" (item: from where it is, to this host); the
+ * result is the last one, with "ok": all are back.
  */
 #ifndef LB_EVACUATE_H
 #define LB_EVACUATE_H

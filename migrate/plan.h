@@ -16,6 +16,8 @@
 #ifndef LB_PLAN_H
 #define LB_PLAN_H
 
+#include <jansson.h>
+
 #include "migrate/inventory.h"
 
 /* What to do with a VM that dirties memory faster than its link carries even when alone on it. */
@@ -62,5 +64,7 @@ int lb_plan_make(const struct lb_inventory *inv, const struct lb_plan_opts *opts
                  struct lb_error *err);
 void lb_plan_free(struct lb_plan *p); /* leaves it zeroed */
 const char *lb_plan_kind_name(enum lb_plan_kind kind);
+/* plan_json.c: what `lifeboat plan --json` prints, and the most of an evacuation's event "plan" (evacuate.h). */
+json_t *lb_plan_json(const struct lb_inventory *inv, const struct lb_plan *p);
 
 #endif

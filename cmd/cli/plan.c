@@ -108,35 +108,11 @@ static int hosts_of(const struct lb_inventory *inv, char *names, struct lb_inv_s
 
 /* ------------------------------------------------------------------------------ JSON */
 
-static json_t *step_json(const struct lb_inventory *inv, const struct lb_plan_step *t)
-{
-    return json_pack("{s:s, s:s, s:s, s:s, s:f, s:f, s:f, s:f, s:b, s:b, s:b}", "vm", inv->vms[t->vm].name, "kind",
-                     lb_plan_kind_name(t->kind), "from", inv->hosts[t->from].name, "to", inv->hosts[t->to].name,
-                     "start_s", t->start_s, "end_s", t->end_s, "downtime_ms", t->downtime_ms, "bytes", t->bytes,
-                     "alone", t->alone, "throttled", t->throttled, "suspended", t->suspended);
-}
-
 static void print_json(const struct lb_inventory *inv, const struct lb_plan *p)
 {
-    json_t *steps = json_array(), *stays = json_array(), *hosts = json_array(), *o;
-    char *text;
+    json_t *o = lb_plan_json(inv, p);
+    char *text = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(12));
 
-    for (uint32_t i = 0; i < p->n_steps; i++)
-        json_array_append_new(steps, step_json(inv, &p->steps[i]));
-    for (uint32_t i = 0; i < p->n_stays; i++)
-        json_array_append_new(stays, json_pack("{s:s, s:s, s:b, s:s, s:s}", "vm", inv->vms[p->stays[i].vm].name, "host",
-                                               inv->hosts[inv->vms[p->stays[i].vm].host].name, "backup",
-                                               p->stays[i].backup, "reason", p->stays[i].reason, "remedy",
-                                               p->stays[i].remedy));
-    for (uint32_t h = 0; h < p->n_hosts; h++)
-        json_array_append_new(hosts, json_pack("{s:s, s:I, s:I, s:I, s:I, s:i}", "name", inv->hosts[h].name,
-                                               "memory_bytes", (json_int_t)inv->hosts[h].memory_bytes,
-                                               "reserved_bytes", (json_int_t)inv->hosts[h].reserved_bytes,
-                                               "before_bytes", (json_int_t)p->before[h], "after_bytes",
-                                               (json_int_t)p->after[h], "parallel", (int)p->parallel[h]));
-    o = json_pack("{s:o, s:o, s:o, s:f, s:f, s:f}", "steps", steps, "stays", stays, "hosts", hosts, "makespan_s",
-                  p->makespan_s, "bytes", p->bytes, "margin", p->margin);
-    text = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(12));
     puts(text);
     free(text);
     json_decref(o);
