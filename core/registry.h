@@ -12,6 +12,8 @@
  *   vms/NAME/{qmp.sock,qemu.log,...} private directory of the VM ("run_dir")
  *   handover/TOKEN.json, TOKEN.lock  hand-over journals (migrate/journal.h)
  *   history.jsonl                    one line per ended migration
+ *   maintenance.json                 this host takes no VMs; which have left (migrate/maintenance.h)
+ *   evacuation.json                  how far this host is emptied (migrate/evacuate.h)
  *   sessions.sock                    where session processes report to the supervisor
  *   log/SESSION.log                  one log per session
  *

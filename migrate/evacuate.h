@@ -25,11 +25,7 @@
  * begun; what is DONE is known from the registry (it is not here any more), never from this file alone. So a
  * file that is lost or old costs at most the retries it had counted.
  *
- * STATE_DIR/evacuation.json: the whole of struct lb_evac. STATE_DIR/maintenance.json:
- *   { "since_ms": 0, "reason": "evacuation", "left": [{"vm": "web1", "uuid": "...", "to": "b", "protected": false,
- *     "suspended": false}] }
- * While the second exists this host takes no VM and is no backup for a new one. "left" is what --bring-back
- * asks for: written before a VM leaves (its "to" when it has), taken out when it is back.
+ * STATE_DIR/evacuation.json: the whole of struct lb_evac. STATE_DIR/maintenance.json: maintenance.h.
  *
  * JSON that `evacuate` streams and `--json` prints (one object a line):
  *   {"event":"note","text":"measuring the link to b"}                                     while it plans

@@ -24,6 +24,7 @@
 #include "core/qemu/argv_scan.h"
 #include "core/host.h"
 #include "core/json.h"
+#include "migrate/maintenance.h"
 
 /* What QEMU needs besides guest RAM: itself, device RAM, page tables. */
 #define OVERHEAD_BYTES (UINT64_C(128) << 20)
@@ -432,6 +433,21 @@ static void check_disks(const struct dest *x)
         lb_report_add(x->r, "disks", LB_CHECK_OK, NULL, "no disks");
 }
 
+static void check_maintenance(const struct dest *x)
+{
+    struct lb_maintenance m;
+    struct lb_error why = LB_ERROR_INIT;
+
+    if (lb_maintenance_load(x->state_dir, &m, &why))
+        refuse(x->r, "maintenance", why.remedy, "whether this host is in maintenance cannot be told: %s", why.message);
+    else if (m.on)
+        refuse(x->r, "maintenance", "`lifeboat maintenance off` on this host ends it, or choose another host",
+               "this host is in maintenance and takes no VMs%s%s", m.reason[0] ? ": " : "", m.reason);
+    else
+        lb_report_add(x->r, "maintenance", LB_CHECK_OK, NULL, "this host takes VMs");
+    lb_maintenance_free(&m);
+}
+
 static void check_name(const struct dest *x)
 {
     struct lb_vm_entry e;
@@ -716,6 +732,7 @@ void lb_preflight_standby(const struct lb_vm_desc *d, const struct lb_host_confi
     check_blockers(d, r);
     check_passthrough(items, n, r);
     check_descriptors(items, n, r);
+    check_maintenance(&x);
     check_config(&x);
     check_name(&x);
     check_uid(&x);

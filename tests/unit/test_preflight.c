@@ -21,6 +21,7 @@
 
 #include "core/registry.h"
 #include "core/qemu/argv_scan.h"
+#include "migrate/maintenance.h"
 #include "migrate/preflight.h"
 #include "core/host.h"
 
@@ -286,7 +287,7 @@ static void test_all_good(void **s)
     static const char *const ids[] = {
         "hypervisor-version", "machine-type", "cpu-features", "memory", "disks", "disk-locks", "name",
         "files", "sockets", "ports", "taps", "passthrough", "clock-skew", "kernel", "emulator", "uid",
-        "blockers", "config"};
+        "blockers", "config", "maintenance"};
     put("vmlinuz", "x", 0644);
     put("disk.img", "x", 0644);
     struct lb_vm_desc d = desc(ARGV("-kernel", "vmlinuz", "-qmp", "unix:q.sock,server", "-D", "log"));
@@ -688,6 +689,25 @@ static void test_others(void **s)
     lb_report_free(&r);
 }
 
+static void test_maintenance(void **s)
+{
+    (void)s;
+    struct lb_maintenance m = {.on = true, .reason = "new power supply"};
+    struct lb_vm_desc d = desc(ARGV("-S"));
+    assert_int_equal(lb_maintenance_save(dir, &m, NULL), 0);
+    expect(&d, "maintenance", LB_CHECK_FAIL, "takes no VMs: new power supply", "maintenance off");
+    put("maintenance.json", "{", 0600);
+    expect(&d, "maintenance", LB_CHECK_FAIL, "cannot be told", "remove it");
+    /* over, but some VMs are still to be brought back */
+    m.on = false;
+    lb_left_add(&m, "web1");
+    assert_int_equal(lb_maintenance_save(dir, &m, NULL), 0);
+    lb_maintenance_free(&m);
+    struct lb_report r = run(&d);
+    assert_non_null(find(&r, "maintenance", LB_CHECK_OK, "takes VMs"));
+    lb_report_free(&r);
+}
+
 static void test_features(void **s)
 {
     (void)s;
@@ -754,7 +774,7 @@ int main(void)
         cmocka_unit_test(test_scan_proxmox), cmocka_unit_test(test_scan_nonsense),
         T(test_all_good), T(test_emulator), T(test_run_deadline), T(test_resources), T(test_files),
         T(test_other_user), T(test_disk_lock), T(test_copied_disk), T(test_overlay), T(test_sockets), T(test_ports), T(test_taps),
-        cmocka_unit_test(test_real_taps),         T(test_others), cmocka_unit_test(test_features), cmocka_unit_test(test_report),
+        cmocka_unit_test(test_real_taps),         T(test_others), T(test_maintenance), cmocka_unit_test(test_features), cmocka_unit_test(test_report),
     };
     return cmocka_run_group_tests_name("preflight", tests, NULL, NULL);
 }
