@@ -6,19 +6,32 @@
 #include "migrate/config.h"
 
 #include <errno.h>
+#include <fnmatch.h>
 #include <string.h>
 #include <strings.h>
 
 #include "netproto/netproto.h"
 
-enum { MAX_CONFIG_BYTES = 1 << 20, MAX_CHANNELS = 64, MAX_ZSTD_LEVEL = 19, MIN_ZSTD_LEVEL = -50 };
+enum { MAX_CONFIG_BYTES = 1 << 20, MAX_CHANNELS = 64, MAX_ZSTD_LEVEL = 19, MIN_ZSTD_LEVEL = -50, MAX_WORD = 127,
+       MAX_PRIORITY = 1000000 };
 
 static const char remedy_keys[] = "known keys: listen name emulator path tap memory-reserve "
                                   "bandwidth max-downtime channels compress throttle witness "
-                                  "backup lease checkpoint-dir checkpoint-key checkpoint-level";
+                                  "backup lease checkpoint-dir checkpoint-key checkpoint-level "
+                                  "tag link together apart require-tag forbid-tag vm-priority "
+                                  "directory";
 
 /* Each returns 0 or -1 with what is wrong with the value. */
 typedef int set_fn(struct lb_host_config *c, char *value, struct lb_error *err);
+
+static char *trim(char *s)
+{
+    s += strspn(s, " \t\r");
+    size_t len = strlen(s);
+    while (len && strchr(" \t\r", s[len - 1]))
+        s[--len] = '\0';
+    return s;
+}
 
 static int copy_value(char *out, size_t cap, const char *value, struct lb_error *err)
 {
@@ -216,6 +229,159 @@ static int set_checkpoint_level(struct lb_host_config *c, char *value, struct lb
     return 0;
 }
 
+/* -------------------------------------------------------------- placement of VMs */
+
+/* Tags, groups, names and patterns of VMs. */
+static int check_word(const char *word, struct lb_error *err)
+{
+    if (!*word || strlen(word) > MAX_WORD)
+        return lb_fail(err, LB_E_USAGE, "\"%.40s\" is not a name of 1 to %d characters", word, MAX_WORD);
+    for (const char *p = word; *p; p++)
+        if ((unsigned char)*p <= ' ' || (unsigned char)*p >= 0x7f || *p == ':' || *p == '"')
+            return lb_fail(err, LB_E_USAGE, "\"%.40s\" is not a name: letters, digits and signs other than : and \"",
+                           word);
+    return 0;
+}
+
+static void add_item(char ***items, const char *word)
+{
+    size_t n = 0;
+
+    while (*items && (*items)[n])
+        n++;
+    *items = lb_realloc(*items, (n + 2) * sizeof(**items));
+    (*items)[n] = lb_strdup(word);
+    (*items)[n + 1] = NULL;
+}
+
+static int set_tag(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    if (check_word(value, err))
+        return -1;
+    add_item(&c->tags, value);
+    return 0;
+}
+
+static int set_link(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    if (lb_parse_rate(value, &c->link_bytes_per_s, err))
+        return -1;
+    return c->link_bytes_per_s ? 0 : lb_fail(err, LB_E_USAGE, "a link of 0 carries nothing");
+}
+
+/* "NAME: ..."; returns what follows the colon, or NULL. */
+static char *split_rule(char *value, char **name, struct lb_error *err)
+{
+    char *colon = strchr(value, ':');
+
+    if (!colon) {
+        lb_fail(err, LB_E_USAGE, "\"%.80s\" is not NAME: VALUE", value);
+        return NULL;
+    }
+    *colon = '\0';
+    *name = trim(value);
+    return check_word(*name, err) ? NULL : trim(colon + 1);
+}
+
+static struct lb_vm_rule *add_rule(struct lb_vm_rules *rules, const char *name)
+{
+    rules->v = lb_realloc(rules->v, (rules->n + 1) * sizeof(*rules->v));
+    rules->v[rules->n] = (struct lb_vm_rule){.name = lb_strdup(name)};
+    return &rules->v[rules->n++];
+}
+
+/* A second line of the same name adds to the first. */
+static int add_list(struct lb_vm_rules *rules, char *value, struct lb_error *err)
+{
+    char *name, *item, *rest = split_rule(value, &name, err);
+    struct lb_vm_rule *r = NULL;
+
+    if (!rest)
+        return -1;
+    for (unsigned i = 0; i < rules->n && !r; i++)
+        r = strcmp(rules->v[i].name, name) ? NULL : &rules->v[i];
+    if (!r)
+        r = add_rule(rules, name);
+    if (!*rest)
+        return lb_fail(err, LB_E_USAGE, "nothing follows \"%.80s:\"", name);
+    while ((item = strsep(&rest, ","))) {
+        item = trim(item);
+        if (check_word(item, err))
+            return -1;
+        add_item(&r->items, item);
+    }
+    return 0;
+}
+
+static int set_together(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return add_list(&c->together, value, err);
+}
+
+static int set_apart(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return add_list(&c->apart, value, err);
+}
+
+static int set_require_tag(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return add_list(&c->require_tags, value, err);
+}
+
+static int set_forbid_tag(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    return add_list(&c->forbid_tags, value, err);
+}
+
+static int set_priority(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    char *name, *number = split_rule(value, &name, err), *end;
+    long n;
+
+    if (!number)
+        return -1;
+    n = strtol(number, &end, 10);
+    if (end == number || *end || n < 0 || n > MAX_PRIORITY)
+        return lb_fail(err, LB_E_USAGE, "a priority is a number from 0 to %d", MAX_PRIORITY);
+    for (unsigned i = 0; i < c->priorities.n; i++)
+        if (!strcmp(c->priorities.v[i].name, name))
+            return lb_fail(err, LB_E_USAGE, "%s has a priority already", name);
+    add_rule(&c->priorities, name)->priority = (uint32_t)n;
+    return 0;
+}
+
+static int set_directory(struct lb_host_config *c, char *value, struct lb_error *err)
+{
+    if (strncmp(value, "etcd:", 5) || !value[5]) {
+        lb_fail(err, LB_E_USAGE, "\"%.200s\" is no directory of hosts", value);
+        return lb_remedy(err, "give etcd:URL[,URL...]");
+    }
+    return copy_value(c->directory, sizeof(c->directory), value, err);
+}
+
+const char *lb_config_directory(const struct lb_host_config *c)
+{
+    if (c->directory[0])
+        return c->directory;
+    return strncmp(c->witness, "etcd:", 5) ? NULL : c->witness;
+}
+
+bool lb_vm_matches(const char *pattern, const char *vm)
+{
+    return fnmatch(pattern, vm, 0) == 0;
+}
+
+uint32_t lb_config_priority(const struct lb_host_config *c, const char *vm)
+{
+    for (unsigned i = 0; i < c->priorities.n; i++)
+        if (!strcmp(c->priorities.v[i].name, vm))
+            return c->priorities.v[i].priority;
+    for (unsigned i = 0; i < c->priorities.n; i++)
+        if (lb_vm_matches(c->priorities.v[i].name, vm))
+            return c->priorities.v[i].priority;
+    return 0;
+}
+
 static const struct key {
     const char *name;
     bool repeats;
@@ -238,6 +404,14 @@ static const struct key {
     {"checkpoint-dir", false, set_checkpoint_dir},
     {"checkpoint-key", false, set_checkpoint_key},
     {"checkpoint-level", false, set_checkpoint_level},
+    {"tag", true, set_tag},
+    {"link", false, set_link},
+    {"together", true, set_together},
+    {"apart", true, set_apart},
+    {"require-tag", true, set_require_tag},
+    {"forbid-tag", true, set_forbid_tag},
+    {"vm-priority", true, set_priority},
+    {"directory", false, set_directory},
 };
 
 static const struct key *find_key(const char *name)
@@ -258,15 +432,6 @@ static void defaults(struct lb_host_config *c)
     c->max_downtime_ms = 300;
     snprintf(c->compress, sizeof(c->compress), "auto");
     c->throttle = true;
-}
-
-static char *trim(char *s)
-{
-    s += strspn(s, " \t\r");
-    size_t len = strlen(s);
-    while (len && strchr(" \t\r", s[len - 1]))
-        s[--len] = '\0';
-    return s;
 }
 
 /* A comment starts with # at the beginning of the line or after a blank, so that
@@ -355,6 +520,15 @@ static void free_maps(struct lb_path_map *v, unsigned n)
     free(v);
 }
 
+static void free_rules(struct lb_vm_rules *rules)
+{
+    for (unsigned i = 0; i < rules->n; i++) {
+        free(rules->v[i].name);
+        lb_strv_free(rules->v[i].items);
+    }
+    free(rules->v);
+}
+
 void lb_config_free(struct lb_host_config *c)
 {
     if (!c)
@@ -362,6 +536,12 @@ void lb_config_free(struct lb_host_config *c)
     free_maps(c->emulators, c->n_emulators);
     free_maps(c->paths, c->n_paths);
     free_maps(c->taps, c->n_taps);
+    lb_strv_free(c->tags);
+    free_rules(&c->together);
+    free_rules(&c->apart);
+    free_rules(&c->require_tags);
+    free_rules(&c->forbid_tags);
+    free_rules(&c->priorities);
     memset(c, 0, sizeof(*c));
 }
 

@@ -54,6 +54,17 @@ static void test_all_keys(void **s)
                   "checkpoint-dir = /srv/lifeboat\n"
                   "checkpoint-key = /etc/lifeboat/ckpt.key\n"
                   "checkpoint-level = -5\n"
+                  "tag = ssd\n"
+                  "tag = rack-7\n"
+                  "link = 10Gbit\n"
+                  "together = db: db1, db2\n"
+                  "apart = web: web1,web2*\n"
+                  "apart = web: web3\n"
+                  "require-tag = db1: ssd, rack-7\n"
+                  "forbid-tag = web*: slow\n"
+                  "vm-priority = web*: 5\n"
+                  "vm-priority = web1 : 10\n"
+                  "directory = etcd:http://d1:2379\n"
                   "throttle = no", &c, &err);
     assert_string_equal(err.message, "");
     assert_int_equal(rc, 0);
@@ -79,8 +90,27 @@ static void test_all_keys(void **s)
     assert_string_equal(c.checkpoint_dir, "/srv/lifeboat");
     assert_string_equal(c.checkpoint_key, "/etc/lifeboat/ckpt.key");
     assert_int_equal(c.checkpoint_level, -5);
+    assert_string_equal(c.tags[0], "ssd");
+    assert_string_equal(c.tags[1], "rack-7");
+    assert_null(c.tags[2]);
+    assert_int_equal(c.link_bytes_per_s, 1250000000);
+    assert_int_equal(c.together.n, 1);
+    assert_string_equal(c.together.v[0].name, "db");
+    assert_string_equal(c.together.v[0].items[1], "db2");
+    assert_null(c.together.v[0].items[2]);
+    assert_int_equal(c.apart.n, 1); /* two lines of one group */
+    assert_string_equal(c.apart.v[0].items[1], "web2*");
+    assert_string_equal(c.apart.v[0].items[2], "web3");
+    assert_string_equal(c.require_tags.v[0].name, "db1");
+    assert_string_equal(c.require_tags.v[0].items[1], "rack-7");
+    assert_string_equal(c.forbid_tags.v[0].items[0], "slow");
+    assert_int_equal(lb_config_priority(&c, "web1"), 10); /* its name before a pattern that comes first */
+    assert_int_equal(lb_config_priority(&c, "web9"), 5);
+    assert_int_equal(lb_config_priority(&c, "db1"), 0);
+    assert_string_equal(lb_config_directory(&c), "etcd:http://d1:2379");
     lb_config_free(&c);
     assert_null(c.paths);
+    assert_null(c.apart.v);
     lb_config_free(&c);
     lb_config_free(NULL);
 }
@@ -100,6 +130,13 @@ static void test_defaults(void **s)
     assert_string_equal(c.checkpoint_dir, "");
     assert_string_equal(c.checkpoint_key, "");
     assert_int_equal(c.checkpoint_level, 0);
+    lb_config_free(&c);
+    assert_null(lb_config_directory(&c));
+    assert_int_equal(load("witness = etcd:http://w1:2379\n", &c, NULL), 0);
+    assert_string_equal(lb_config_directory(&c), "etcd:http://w1:2379");
+    lb_config_free(&c);
+    assert_int_equal(load("witness = manual\n", &c, NULL), 0);
+    assert_null(lb_config_directory(&c));
     lb_config_free(&c);
     assert_int_equal(load("", &c, NULL), 0);
     assert_int_equal(c.channels, 0);
@@ -138,6 +175,20 @@ static void test_mistakes(void **s)
         {"witness = w1:2379\n", ":1:", "no witness"},
         {"witness = etcd:\n", ":1:", "no witness"},
         {"witness = fence:\n", ":1:", "no witness"},
+        {"tag = a b\n", ":1:", "not a name"},
+        {"link = 0\n", ":1:", "carries nothing"},
+        {"link = fast\n", ":1:", "rate"},
+        {"together = db1, db2\n", ":1:", "NAME: VALUE"},
+        {"together = db:\n", ":1:", "nothing follows"},
+        {"together = : db1\n", ":1:", "not a name"},
+        {"apart = web: web1,,web2\n", ":1:", "not a name"},
+        {"require-tag = db1: a:b\n", ":1:", "not a name"},
+        {"forbid-tag = db1\n", ":1:", "NAME: VALUE"},
+        {"vm-priority = web1: high\n", ":1:", "priority"},
+        {"vm-priority = web1: -1\n", ":1:", "priority"},
+        {"vm-priority = web1: 1\nvm-priority = web1: 2\n", ":2:", "already"},
+        {"directory = manual\n", ":1:", "no directory"},
+        {"directory = etcd:\n", ":1:", "no directory"},
         {"lease = 49ms\n", ":1:", "lease is from 50ms"},
         {"lease = 61s\n", ":1:", "lease is from 50ms"},
         {"checkpoint-dir = ckpt\n", ":1:", "not an absolute path"},
