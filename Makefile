@@ -83,6 +83,7 @@ $(O)/tests/tools/%: tests/tools/%.c | $(B)/.deps-build
 
 # ---- tests. Everything slow to make (guest, Debian 13 tree, vectors) is made once under build/.
 GUEST    := $(B)/guest/initrd.img
+TINY     := $(B)/guest/tiny.elf
 TRIXIE   := $(B)/trixie/qemu-system-x86_64
 VECTORS  := $(B)/vectors/noise.txt
 UNIT_T   := $(wildcard tests/unit/*.t)
@@ -101,6 +102,10 @@ deps-%:
 $(GUEST): tests/guest/build.sh tests/guest/init tests/guest/lbguest.c
 	$(call say,GUEST,$@)
 	$(Q)tests/guest/build.sh $(B)/guest && touch $@
+$(TINY): tests/guest/tiny.c tests/guest/tiny_start.S tests/guest/tiny.ld
+	$(call say,GUEST,$@)
+	$(Q)mkdir -p $(@D) && $(CC) -m32 -std=c11 -O2 $(WARN) -ffreestanding -fno-pic -fno-stack-protector -fno-asynchronous-unwind-tables \
+		-mgeneral-regs-only -nostdlib -static -no-pie -Wl,--build-id=none -Wl,-T,tests/guest/tiny.ld -o $@ $(filter-out %.ld,$^)
 $(TRIXIE): tests/trixie/build.sh
 	$(call say,DEBIAN13,$@)
 	$(Q)tests/trixie/build.sh $(B)/trixie && touch $@
@@ -111,7 +116,7 @@ $(VECTORS): tests/unit/noise_vectors.sh
 unit: $(UNIT_BIN)
 integration: $(INTG_BIN)
 tools: $(TOOL_BIN)
-guest: $(GUEST)
+guest: $(GUEST) $(TINY)
 
 # The order matters on a fresh machine: packages before the first pkg-config.
 check: deps-check
@@ -124,7 +129,7 @@ check-unit: all unit $(VECTORS)
 # two at a time: they wait more than they compute
 check-integration: all integration $(GUEST)
 	$(Q)$(PROVE) -j2 $(INTG_BIN)
-check-e2e: all tools $(GUEST) $(TRIXIE)
+check-e2e: all tools $(GUEST) $(TINY) $(TRIXIE)
 	$(Q)$(PROVE) $(if $(T),$(wildcard tests/e2e/*$(T)*),$(E2E_T))
 check-softdirty: all $(GUEST)
 	$(Q)$(PROVE) tests/softdirty/run.sh
