@@ -157,6 +157,10 @@ bench-checkpoint: deps-bench
 	$(Q)$(MAKE) --no-print-directory bench-checkpoint-run
 bench-checkpoint-run: all tools $(GUEST)
 	$(Q)tests/bench/bench_checkpoint.py $(BENCH_ARGS)
+bench-evacuate: deps-bench
+	$(Q)$(MAKE) --no-print-directory bench-evacuate-run
+bench-evacuate-run: all tools $(GUEST) $(TINY)
+	$(Q)tests/bench/bench_evacuate.py $(BENCH_ARGS)
 # What an epoch costs, without a guest
 bench-stage: $(O)/tests/bench/bench_stage
 	$(Q)$(O)/tests/bench/bench_stage $(BENCH_ARGS)
@@ -200,13 +204,15 @@ help:
 	@echo "bench-migrate  (root) Lifeboat and QEMU's own migration side by side [BENCH_ARGS=--quick]"
 	@echo "bench-remus    (root) cost of protection, failovers [BENCH_ARGS='--failovers 10' | '--no-cost --soak 30']"
 	@echo "bench-checkpoint  (root) suspend, resume, live checkpoints beside QEMU's migrate to a file and savevm [BENCH_ARGS='--size 256 --runs 1']"
+	@echo "bench-evacuate (root) a host of a hundred VMs is emptied, at the planned and at fixed concurrency [BENCH_ARGS='--vms 20 --runs 1']"
 	@echo "bench-stage    microseconds per page and bytes on the wire of an epoch [BENCH_ARGS='EPOCHS PAGES']"
 	@echo "bench-store    megabytes per second of writing a checkpoint [BENCH_ARGS='MIB THREADS']"
 	@echo "install        DESTDIR= PREFIX=/usr/local"
 	@echo "clean          everything but the guest, the Debian 13 tree and the vectors"
 
 .PHONY: all unit integration tools guest check check-all check-lint check-unit check-integration check-e2e \
-	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-checkpoint bench-checkpoint-run bench-stage bench-store \
+	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-checkpoint bench-checkpoint-run bench-evacuate bench-evacuate-run \
+	bench-stage bench-store \
 	install format clean help
 .SECONDARY:
 -include $(shell find $(O)/obj $(O)/tests -type f -name '*.d' 2>/dev/null)

@@ -178,6 +178,15 @@ class Census:
 
     # -- what it knows
 
+    def forget(self):
+        """Everything so far; no VM may be running."""
+        with self._lock:
+            for qemu in self.qemus:
+                if qemu.sock.fileno() in self._selector.get_map():
+                    self._selector.unregister(qemu.sock)
+                qemu.sock.close()
+            self.qemus.clear()
+
     def of(self, name):
         with self._lock:
             return [qemu for qemu in self.qemus if qemu.name == name]
@@ -382,31 +391,47 @@ class Harbour(Fleet):
         for name, guest in self.linux.items():
             guest["nonce"] = self.wait_guest(guest["ip"], timeout_s)["nonce"]
 
-    # -- what a test asks
+    def end_all(self):
+        """Every VM ends, wherever it is, in whatever state; their names are free."""
+        for role, daemon in self.daemons.items():
+            for name, entry in daemon.vms().items():
+                if entry["state"] == "suspended":
+                    daemon.cli("checkpoint", "rm", "--yes", "--force", name + "@suspend")
+                else:
+                    daemon.cli("stop", name, "--force")
+        wait_for(lambda: not any(self.qemus().values()), 20, "QEMU gone", 0.1)
+        for console in self.consoles.values():
+            os.unlink(console.path)
+        self.consoles.clear()
+        self.linux.clear()
+        self.census.forget()
 
-    def once(self, t, what, places=None, timeout_s=10):
-        """A test line: every VM runs exactly once, never twice so far, and as the daemons say; places: {role} where it may."""
+    # -- what is asked of all of them
+
+    def misplaced(self, places=None, timeout_s=10):
+        """What is wrong with where VMs run, [] when each runs exactly once, never ran twice, and the daemons say the same;
+        places: {role} where they may be. Waits for it."""
+        wrong = []
+
         def right():
-            at = {name: self.census.places(name) for name in self.names()}
             known = {}
             for role, daemon in self.daemons.items():
                 for name, entry in daemon.vms().items():
                     if entry["state"] == "running":
                         known.setdefault(name, []).append(role)
-            wrong.clear()
-            wrong.extend("%s runs on %s, known to run on %s" % (name, at[name], known.get(name, [])) for name in at
-                         if len(at[name]) != 1 or known.get(name) != at[name] or (places and at[name][0] not in places))
+            at = {name: self.census.places(name) for name in self.names()}
+            wrong[:] = ["%s runs on %s, known to run on %s" % (name, at[name], known.get(name, [])) for name in at
+                        if len(at[name]) != 1 or known.get(name) != at[name] or (places and at[name][0] not in places)]
             return not wrong
-        wrong = []
         try:
             wait_for(right, timeout_s, "", 0.2)
         except RigError:
             pass
-        wrong += self.census.overlaps()
-        return t.ok(not wrong, what, "\n".join(wrong))
+        return wrong + self.census.overlaps()
 
-    def clean_all(self, t, what, timeout_s=60):
-        """A test line: every guest is the one that was started, has checked all of its memory now, and found nothing."""
+    def damaged(self, timeout_s=60):
+        """What is wrong with the guests, [] when each is the one that was started, has checked all of its memory now and found
+        nothing."""
         wrong, asked = [], {}
         for name, console in self.consoles.items():
             asked[name] = console.last.get("checks", 0)
@@ -426,4 +451,14 @@ class Harbour(Fleet):
             except RigError:
                 wrong.append("%s does not check itself; its last line: %s" % (name, console.last))
             wrong += ["%s: %s" % (name, problem) for problem in console.problems]
+        return wrong
+
+    def once(self, t, what, places=None):
+        """A test line: misplaced()."""
+        wrong = self.misplaced(places)
+        return t.ok(not wrong, what, "\n".join(wrong[:20]))
+
+    def clean_all(self, t, what):
+        """A test line: damaged()."""
+        wrong = self.damaged()
         return t.ok(not wrong, what, "\n".join(wrong[:20]))

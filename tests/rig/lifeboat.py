@@ -51,6 +51,8 @@ class Daemon:
         self.start(environment)
 
     def write_config(self, text):
+        """All but its name; it counts when the daemon starts again."""
+        self.config_text = text
         with open(self.config, "w") as f:
             f.write("name = %s\n%s\n" % (self.host.role, text))
 
@@ -118,6 +120,11 @@ class Daemon:
             if argv[0].endswith(b"lifeboatd") and b"--session" in argv:
                 found.append(pid)
         return found
+
+    def sessions(self, role):
+        """Pids of its sessions with this role, as the daemon says."""
+        found = (entry.get("session") or {} for entry in self.vms().values())
+        return [session["pid"] for session in found if session.get("role") == role]
 
     def qemu_pids(self):
         found = []
