@@ -88,6 +88,7 @@ struct lb_table;
 struct lb_table *lb_table_new(unsigned n_cols, const char *const *heads);
 void lb_table_cell(struct lb_table *t, const char *fmt, ...) LB_PRINTF(2, 3);
 void lb_table_print(struct lb_table *t); /* and free */
+void lb_table_write(struct lb_table *t, FILE *f); /* and free */
 
 /* "2026-01-31 12:00:00" local time; buf of at least 32. */
 const char *lb_when(char *buf, double wall_ms);
@@ -105,7 +106,7 @@ void lb_print_schedule(const json_t *o);
 #define LB_EXIT_DETACHED 130
 /* From now on Ctrl-C makes this descriptor readable; -1: it ends the process. */
 int lb_catch_sigint(void);
-unsigned lb_columns(void); /* of the terminal */
+unsigned lb_columns(void), lb_rows(void); /* of the terminal */
 /* A line with a bar that is drawn over and over; the caller ends it. */
 void lb_draw_bar(double percent, const char *text);
 

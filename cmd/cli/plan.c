@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "cmd/cli/evac_view.h"
 #include "migrate/plan.h"
 
 enum { OPT_INVENTORY = 256, OPT_EVACUATE, OPT_TO, OPT_PARALLEL, OPT_HOT };
@@ -106,102 +107,16 @@ static int hosts_of(const struct lb_inventory *inv, char *names, struct lb_inv_s
     return 0;
 }
 
-/* ------------------------------------------------------------------------------ JSON */
-
-static void print_json(const struct lb_inventory *inv, const struct lb_plan *p)
+static void print(struct lb_cli *cli, const struct lb_inventory *inv, const struct lb_plan *p)
 {
     json_t *o = lb_plan_json(inv, p);
-    char *text = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(12));
+    LB_AUTO_FREE char *text = cli->json ? json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(12)) : NULL;
 
-    puts(text);
-    free(text);
+    if (text)
+        puts(text);
+    else
+        lb_plan_print(stdout, o);
     json_decref(o);
-}
-
-/* ------------------------------------------------------------------------ for people */
-
-static void print_steps(const struct lb_inventory *inv, const struct lb_plan *p)
-{
-    static const char *const heads[] = {"START", "VM", "STEP", "FROM", "TO", "SENT", "TAKES", "DOWNTIME", "NOTE"};
-    struct lb_table *t = lb_table_new(LB_ARRAY_LEN(heads), heads);
-    char buf[32];
-
-    for (uint32_t i = 0; i < p->n_steps; i++) {
-        const struct lb_plan_step *s = &p->steps[i];
-
-        lb_table_cell(t, "%s", lb_span(buf, sizeof(buf), s->start_s * 1000));
-        lb_table_cell(t, "%s", inv->vms[s->vm].name);
-        lb_table_cell(t, "%s", lb_plan_kind_name(s->kind));
-        lb_table_cell(t, "%s", inv->hosts[s->from].name);
-        lb_table_cell(t, "%s", inv->hosts[s->to].name);
-        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf), s->bytes));
-        lb_table_cell(t, "%s", lb_span(buf, sizeof(buf), (s->end_s - s->start_s) * 1000));
-        lb_table_cell(t, "%s", lb_span(buf, sizeof(buf), s->downtime_ms));
-        lb_table_cell(t, "%s", s->suspended ? "suspended: too hot to converge" :
-                               s->throttled ? "throttled: too hot to converge" : s->alone ? "alone on its link" : "");
-    }
-    lb_table_print(t);
-}
-
-static void print_hosts(const struct lb_inventory *inv, const struct lb_plan *p)
-{
-    static const char *const heads[] = {"HOST", "MEMORY", "BEFORE", "AFTER", "FREE", "AT ONCE"};
-    struct lb_table *t = lb_table_new(LB_ARRAY_LEN(heads), heads);
-    char buf[32];
-
-    for (uint32_t h = 0; h < p->n_hosts; h++) {
-        const struct lb_inv_host *host = &inv->hosts[h];
-        uint64_t taken = p->after[h] + host->reserved_bytes;
-
-        if (p->before[h] == p->after[h] && !p->parallel[h])
-            continue;
-        lb_table_cell(t, "%s", host->name);
-        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf), (double)host->memory_bytes));
-        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf), (double)p->before[h]));
-        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf), (double)p->after[h]));
-        lb_table_cell(t, "%s", lb_human_bytes(buf, sizeof(buf),
-                                              taken < host->memory_bytes ? (double)(host->memory_bytes - taken) : 0));
-        if (p->parallel[h])
-            lb_table_cell(t, "%u", p->parallel[h]);
-        else
-            lb_table_cell(t, "%s", "");
-    }
-    lb_table_print(t);
-}
-
-static void print_stays(const struct lb_inventory *inv, const struct lb_plan *p)
-{
-    for (uint32_t i = 0; i < p->n_stays; i++) {
-        const struct lb_plan_stay *s = &p->stays[i];
-
-        fputs(s->backup ? "no new backup for " : "stays: ", stdout);
-        lb_print_text(stdout, inv->vms[s->vm].name);
-        fputs(" on ", stdout);
-        lb_print_text(stdout, inv->hosts[inv->vms[s->vm].host].name);
-        fputs(": ", stdout);
-        lb_print_text(stdout, s->reason);
-        putchar('\n');
-        if (s->remedy[0]) {
-            fputs("  remedy: ", stdout);
-            lb_print_text(stdout, s->remedy);
-            putchar('\n');
-        }
-    }
-}
-
-static void print_plan(const struct lb_inventory *inv, const struct lb_plan *p)
-{
-    char span[32], bytes[32];
-
-    if (p->n_steps) {
-        print_steps(inv, p);
-        putchar('\n');
-        print_hosts(inv, p);
-        putchar('\n');
-    }
-    print_stays(inv, p);
-    printf("%u steps, %s sent in %s; %u cannot be done\n", p->n_steps, lb_human_bytes(bytes, sizeof(bytes), p->bytes),
-           lb_span(span, sizeof(span), p->makespan_s * 1000), p->n_stays);
 }
 
 static int make_and_print(struct args *a, struct lb_inventory *inv, struct lb_error *err)
@@ -216,7 +131,7 @@ static int make_and_print(struct args *a, struct lb_inventory *inv, struct lb_er
     opts.to = inv->to;
     if (lb_plan_make(inv, &opts, &plan, err))
         return -1;
-    (a->cli->json ? print_json : print_plan)(inv, &plan);
+    print(a->cli, inv, &plan);
     whole = !plan.n_stays;
     lb_plan_free(&plan);
     return whole ? 0 : LB_E_PREFLIGHT;

@@ -178,6 +178,13 @@ unsigned lb_columns(void)
     return ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) == 0 && w.ws_col >= 20 ? w.ws_col : 80;
 }
 
+unsigned lb_rows(void)
+{
+    struct winsize w;
+
+    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) == 0 && w.ws_row >= 4 ? w.ws_row : 24;
+}
+
 void lb_draw_bar(double percent, const char *text)
 {
     unsigned cols = lb_columns(), bar, full;
@@ -233,6 +240,11 @@ void lb_table_cell(struct lb_table *t, const char *fmt, ...)
 
 void lb_table_print(struct lb_table *t)
 {
+    lb_table_write(t, stdout);
+}
+
+void lb_table_write(struct lb_table *t, FILE *f)
+{
     LB_AUTO_FREE size_t *w = lb_alloc(t->n_cols * sizeof(*w));
 
     for (unsigned i = 0; i < t->n; i++)
@@ -240,11 +252,11 @@ void lb_table_print(struct lb_table *t)
     for (unsigned i = 0; i < t->n; i++) {
         bool last = i % t->n_cols == t->n_cols - 1;
 
-        lb_print_text(stdout, t->cells[i]);
+        lb_print_text(f, t->cells[i]);
         if (last)
-            putchar('\n');
+            fputc('\n', f);
         else
-            printf("%*s", (int)(w[i % t->n_cols] - strlen(t->cells[i]) + 2), "");
+            fprintf(f, "%*s", (int)(w[i % t->n_cols] - strlen(t->cells[i]) + 2), "");
         free(t->cells[i]);
     }
     free(t->cells);
