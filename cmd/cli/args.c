@@ -83,6 +83,26 @@ int lb_arg_level(const char *arg, struct argp_state *state)
     return minus ? -(int)n : (int)n;
 }
 
+uint32_t lb_arg_parallel(const char *arg, struct argp_state *state)
+{
+    unsigned long n = 0;
+
+    if (strcmp(arg, "auto") && !lb_arg_number(arg, 1, 1000, &n))
+        argp_error(state, "--parallel takes auto, or a number from 1 to 1000");
+    return (uint32_t)n;
+}
+
+unsigned lb_arg_hot(const char *arg, struct argp_state *state)
+{
+    static const char *const names[] = {"throttle", "suspend", "leave"};
+
+    for (unsigned i = 0; i < LB_ARRAY_LEN(names); i++)
+        if (!strcmp(arg, names[i]))
+            return i;
+    argp_error(state, "--hot takes throttle, suspend or leave");
+    return 0;
+}
+
 struct name_parse {
     struct lb_name_args *out;
     unsigned flags;

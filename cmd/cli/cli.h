@@ -19,6 +19,7 @@ struct lb_cli {
     const char *socket;
     bool json;
     bool reported;       /* an error was printed already */
+    bool lost;           /* the last request failed because the daemon is not there, or not any more */
     char *failure_json;  /* what came along with a failure (a preflight report); NULL */
 };
 
@@ -30,7 +31,8 @@ struct lb_cmd {
 extern const struct lb_cmd lb_cmd_run, lb_cmd_adopt, lb_cmd_release, lb_cmd_ls, lb_cmd_status,
     lb_cmd_show, lb_cmd_stop, lb_cmd_migrate, lb_cmd_cancel, lb_cmd_recover, lb_cmd_preflight,
     lb_cmd_history, lb_cmd_host, lb_cmd_protect, lb_cmd_unprotect, lb_cmd_failover, lb_cmd_top,
-    lb_cmd_suspend, lb_cmd_resume, lb_cmd_checkpoint, lb_cmd_restore, lb_cmd_clone, lb_cmd_plan;
+    lb_cmd_suspend, lb_cmd_resume, lb_cmd_checkpoint, lb_cmd_restore, lb_cmd_clone, lb_cmd_plan,
+    lb_cmd_evacuate, lb_cmd_maintenance;
 
 /* ---- arguments */
 
@@ -59,6 +61,8 @@ uint64_t lb_arg_duration(const char *arg, uint64_t unit_ms, const char *option,
                          struct argp_state *state);
 uint64_t lb_arg_rate(const char *arg, struct argp_state *state); /* --bandwidth */
 int lb_arg_level(const char *arg, struct argp_state *state);     /* --level, of zstd */
+uint32_t lb_arg_parallel(const char *arg, struct argp_state *state); /* --parallel; 0: auto */
+unsigned lb_arg_hot(const char *arg, struct argp_state *state);  /* --hot: enum lb_plan_hot */
 
 /* ---- talking to the daemon (client.c) */
 

@@ -27,6 +27,7 @@ char *lb_request(struct lb_cli *cli, const Lb__RpcRequest *r,
 {
     LB_AUTO_FD int fd = connect_daemon(cli, err);
 
+    cli->lost = fd < 0;
     if (fd < 0 || lb_rpc_send(fd, &r->base, 0, err))
         return NULL;
     for (;;) {
@@ -40,6 +41,7 @@ char *lb_request(struct lb_cli *cli, const Lb__RpcRequest *r,
             if (err)
                 *err = why;
             if (why.code == LB_E_NET) {
+                cli->lost = true;
                 lb_fail(err, LB_E_NET, "lifeboatd closed the connection without an answer");
                 lb_remedy(err, "sessions go on without it: see its log, start it again, then "
                                "`lifeboat ls`");

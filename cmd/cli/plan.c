@@ -12,7 +12,7 @@ struct args {
     struct lb_cli *cli;
     const char *inventory;
     char *evacuate, *to;         /* names, separated by commas; NULL: as the inventory says */
-    unsigned long parallel;      /* 0: auto */
+    uint32_t parallel;           /* 0: auto */
     enum lb_plan_hot hot;
 };
 
@@ -24,17 +24,6 @@ static void append(char **list, const char *names)
 
     *list = old ? lb_asprintf("%s,%s", old, names) : lb_strdup(names);
     free(old);
-}
-
-static enum lb_plan_hot parse_hot(const char *arg, struct argp_state *state)
-{
-    static const char *const names[] = {"throttle", "suspend", "leave"};
-
-    for (size_t i = 0; i < LB_ARRAY_LEN(names); i++)
-        if (!strcmp(arg, names[i]))
-            return (enum lb_plan_hot)i;
-    argp_error(state, "--hot takes throttle, suspend or leave");
-    return LB_PLAN_THROTTLE;
 }
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -55,11 +44,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         append(&a->to, arg);
         return 0;
     case OPT_PARALLEL:
-        if (strcmp(arg, "auto") && !lb_arg_number(arg, 1, 1000, &a->parallel))
-            argp_error(state, "--parallel takes auto, or a number from 1 to 1000");
+        a->parallel = lb_arg_parallel(arg, state);
         return 0;
     case OPT_HOT:
-        a->hot = parse_hot(arg, state);
+        a->hot = (enum lb_plan_hot)lb_arg_hot(arg, state);
         return 0;
     case ARGP_KEY_ARG:
         argp_error(state, "unexpected argument \"%s\"", arg);
@@ -121,7 +109,7 @@ static void print(struct lb_cli *cli, const struct lb_inventory *inv, const stru
 
 static int make_and_print(struct args *a, struct lb_inventory *inv, struct lb_error *err)
 {
-    struct lb_plan_opts opts = {.parallel = (uint32_t)a->parallel, .hot = a->hot};
+    struct lb_plan_opts opts = {.parallel = a->parallel, .hot = a->hot};
     struct lb_plan plan;
     bool whole;
 

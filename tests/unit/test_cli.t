@@ -91,7 +91,7 @@ eventually() { # eventually NAME COMMAND...
 }
 
 # ---- without a daemon
-commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host suspend resume checkpoint restore clone plan"
+commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host suspend resume checkpoint restore clone plan evacuate maintenance"
 run "--help" 0 --help
 for c in $commands; do [[ $out == *"  $c "* ]] || point "--help lists $c" 1 "$out"; done
 run "--version" 0 --version
@@ -134,6 +134,15 @@ for word in "" "--inventory" "--inventory x --parallel 0" "--inventory x --hot x
     # shellcheck disable=SC2086 # words
     run "plan $word" 2 plan $word
 done
+
+for word in "evacuate x" "evacuate --to ," "evacuate --parallel 0" "evacuate --parallel many" "evacuate --bandwidth fast" "evacuate --hot x" \
+    maintenance "maintenance x" "maintenance on off" "maintenance on --bring-back" "maintenance off --reason x" "maintenance status --parallel 2" \
+    cancel "cancel x y" "cancel x --evacuation"; do
+    # shellcheck disable=SC2086 # words
+    run "$word" 2 --host "$dir/none.sock" $word
+done
+run "evacuate without a daemon" 7 --host "$dir/none.sock" evacuate --yes
+run "evacuate --priority of a file that is not there" 3 --host "$dir/none.sock" evacuate --priority "$dir/none"
 
 # ---- the daemon's own start
 port_a=$((20000 + RANDOM % 20000)) port_b=$((20000 + RANDOM % 20000))
