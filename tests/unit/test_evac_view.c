@@ -64,9 +64,8 @@ static const char *term_escape(const char *p)
     } else {
         assert_int_equal(*p, 'J');
         assert_int_equal(n, 0);
-        term.line[term.row][term.col] = '\0';
-        for (unsigned i = term.row + 1; i < term.n; i++)
-            term.line[i][0] = '\0';
+        memset(&term.line[term.row][term.col], 0, sizeof(term.line[0]) - term.col);
+        memset(&term.line[term.row + 1], 0, (term.n - term.row - 1) * sizeof(term.line[0]));
         term.n = term.row + 1;
     }
     return p;
@@ -365,7 +364,7 @@ static void test_narrower(void **state)
     r.cols = 30;
     event(&r, story[3]);
     assert_string_equal(term.line[0], "web1 -> b: 1.2 GiB in 4.10 s, ");
-    assert_string_equal(last(1), "[--------]   5%  web2 -> c  se");
+    assert_string_equal(last(1), "[--------]   5%  web2 -> c  s");
     assert_int_equal(term.n, 7);
     end(&r);
 }
@@ -399,7 +398,8 @@ static void random_evacuation(unsigned seed)
     }
     lb_evac_view_wipe(r.view);
     feed(&r);
-    assert_int_equal(term.n, VMS + 1);
+    for (unsigned i = 0; i < term.n; i++)
+        assert_true(term.line[i][0] != '[' && strncmp(term.line[i], "and ", 4));
     for (unsigned i = 0; i < VMS; i++) {
         char want[80];
 
