@@ -9,6 +9,7 @@
  */
 #include "migrate/migrate_internal.h"
 
+#include "migrate/capacity.h"
 #include "migrate/frames.h"
 #include "migrate/rx.h"
 
@@ -341,6 +342,12 @@ int lb_serve_channel(const struct lb_session_env *env, struct lb_chan *chan, con
         break;
     case LB__CONTROL__KIND_PING:
         rc = serve_ping(chan, err);
+        break;
+    case LB__CONTROL__KIND_CAPACITY_QUERY:
+        rc = lb_capacity_serve(env, chan, peer, m->capacity_query, err);
+        break;
+    case LB__CONTROL__KIND_LINK_TEST:
+        rc = lb_link_serve(chan, m->link_test, err);
         break;
     default:
         rc = lb_fail(err, LB_E_PROTO, "the peer opened with control message %d",

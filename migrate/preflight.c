@@ -287,11 +287,16 @@ static void check_emulator(const struct dest *x)
                "machine type %s is not known to %s", d->machine, path);
 }
 
+uint64_t lb_preflight_need_bytes(uint64_t ram_bytes)
+{
+    return ram_bytes + OVERHEAD_BYTES + ram_bytes / 256;
+}
+
 static void check_memory(const struct dest *x)
 {
     int64_t available = lb_host_meminfo("MemAvailable");
     uint64_t reserve = x->cfg->memory_reserve_bytes;
-    uint64_t need = x->d->ram_bytes + OVERHEAD_BYTES + x->d->ram_bytes / 256;
+    uint64_t need = lb_preflight_need_bytes(x->d->ram_bytes);
     char a[32], b[32], c[32];
 
     if (available < 0) {

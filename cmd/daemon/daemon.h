@@ -10,6 +10,7 @@
  *   protect.c      protections: requests, whom to try next and when, what they say of themselves
  *   checkpoint.c   checkpoints: requests, schedules, fills; batch.c all VMs at once; what is said of them
  *   ckpt.c         keys, this host's configuration, JSON of checkpoints
+ *   directory.c    this host in the directory of hosts
  *   peers.c        the listening port: preambles, routing of bulk connections
  *   session.c      the session process itself (lifeboatd --session); ckpt_session.c and ckpt_catalog.c
  *                  its work with checkpoints
@@ -56,6 +57,7 @@ struct daemon_options {
 
 struct batch;
 struct client;
+struct directory;
 struct peer;
 struct worker;
 struct ward;
@@ -112,6 +114,7 @@ struct daemon {
     LIST_HEAD(, ward) wards;
     unsigned n_clients, n_workers, n_unauthenticated, n_parked, n_in;
     struct batch *batch;    /* NULL: none */
+    struct directory *directory; /* NULL: none configured */
     uint64_t last_prune_ms, last_orphans_ns;
 };
 
@@ -248,6 +251,9 @@ void lb_batch_step(struct daemon *d);
 bool lb_batch_suspends(struct daemon *d);
 void lb_batch_event(struct session *s, const char *kind, const json_t *o, const char *text);
 void lb_batch_ended(struct session *s);
+
+/* ---- directory.c: from now on this host is in the directory of hosts, if one is configured */
+int lb_directory_start(struct daemon *d, struct lb_error *err);
 
 /* ---- peers.c */
 int lb_peers_start(struct daemon *d, const char *listen, struct lb_error *err);

@@ -877,6 +877,7 @@ static work_fn *work_of(const char *role)
         {"checkpoint", lb_work_checkpoint}, {"scheduled", lb_work_checkpoint},
         {"restore", lb_work_restore},       {"fill", lb_work_fill},
         {"clone", lb_work_clone},           {"catalog", lb_work_catalog},
+        {"plan", lb_work_plan},
     };
 
     for (size_t i = 0; i < LB_ARRAY_LEN(works); i++)

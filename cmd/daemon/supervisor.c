@@ -302,7 +302,7 @@ static int start(struct daemon *d, struct lb_error *err)
     d->sessions_path = lb_asprintf("%s/sessions.sock", d->opt.state_dir);
     listen = d->opt.listen ? d->opt.listen : d->cfg.listen;
     if (lb_sessions_start(d, err) || lb_peers_start(d, listen, err) ||
-        lb_rpc_server_start(d, err))
+        lb_rpc_server_start(d, err) || lb_directory_start(d, err))
         return -1;
     d->on_term = evsignal_new(d->base, SIGTERM, on_stop, d);
     d->on_int = evsignal_new(d->base, SIGINT, on_stop, d);

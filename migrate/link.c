@@ -1,0 +1,221 @@
+/*
+ * migrate/link.c - what the network carries to another host.
+ *
+ *   asks                               answers
+ *   LinkTest                      ->
+ *   LinkData, as fast as it goes  ->   the first quarter warms up (slow start, bursts that shapers let through); then
+ *                                      bytes and time are counted
+ *                                 <-   LinkResult, when the time is over
+ *   closes                        ->   drops what is still coming, until then
+ *
+ * Over the control channel, so it needs nothing else to be open; what is sent is ciphertext, which no link compresses. The receiver's
+ * clock counts: what the sender has got rid of may still sit in a buffer.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+
+#include "core/json.h"
+#include "migrate/capacity.h"
+#include "migrate/ctl.h"
+
+#define TEST_MS 240u
+#define MOST_MS 2000u           /* that we let a peer occupy us */
+#define MOST_BYTES (UINT64_C(4) << 30)
+#define PIECE_BYTES 32768u
+#define CONNECT_MS 3000u
+#define ANSWER_NS UINT64_C(5000000000)
+#define DRAIN_NS UINT64_C(2000000000)
+#define FRESH_MS UINT64_C(600000)
+#define MAX_FILE (4u << 20)
+
+/* -------------------------------------------------------------------------- serving */
+
+struct count {
+    uint64_t t_first, t_from, t_last; /* t_from: of what counts; 0: warming up */
+    uint64_t bytes, all;
+};
+
+/* Counts one piece; the first only starts the clock. */
+static void count(struct count *c, size_t len, uint64_t now, unsigned max_ms)
+{
+    c->all += len;
+    if (!c->t_first) {
+        c->t_first = now;
+    } else if (!c->t_from && now - c->t_first >= max_ms * UINT64_C(1000000) / 4) {
+        c->t_from = now;
+    } else if (c->t_from) {
+        c->bytes += len;
+    }
+    c->t_last = now;
+}
+
+static int receive(struct lb_chan *chan, unsigned max_ms, uint64_t max_bytes, struct count *c, struct lb_error *err)
+{
+    for (;;) {
+        Lb__Control *m;
+        size_t len;
+
+        if (lb_ctl_expect(chan, LB__CONTROL__KIND_LINK_DATA, &m, lb_now_ns() + ANSWER_NS, err))
+            return -1;
+        len = m->link_data->data.len;
+        lb__control__free_unpacked(m, NULL);
+        if (!len)
+            return 0;
+        count(c, len, lb_now_ns(), max_ms);
+        if (c->t_last - c->t_first >= max_ms * UINT64_C(1000000) || c->all >= max_bytes)
+            return 0;
+    }
+}
+
+static void drain(struct lb_chan *chan)
+{
+    uint64_t until = lb_now_ns() + DRAIN_NS;
+    Lb__Control *m;
+
+    while (lb_now_ns() < until && !lb_ctl_recv(chan, &m, until, NULL))
+        lb__control__free_unpacked(m, NULL);
+}
+
+int lb_link_serve(struct lb_chan *chan, const Lb__LinkTest *t, struct lb_error *err)
+{
+    Lb__Control m = LB__CONTROL__INIT;
+    Lb__LinkResult r = LB__LINK_RESULT__INIT;
+    struct count c = {0};
+
+    if (receive(chan, LB_MIN(LB_MAX(t->max_ms, 1), MOST_MS), LB_MIN(t->max_bytes ? t->max_bytes : MOST_BYTES, MOST_BYTES), &c,
+                err))
+        return -1;
+    r.bytes = c.t_from ? c.bytes : c.all;
+    r.took_us = (c.t_last - (c.t_from ? c.t_from : c.t_first)) / 1000;
+    m.kind_case = LB__CONTROL__KIND_LINK_RESULT;
+    m.link_result = &r;
+    if (lb_ctl_send(chan, &m, err))
+        return -1;
+    drain(chan); /* closed with data unread, the answer could be lost */
+    return 0;
+}
+
+/* ------------------------------------------------------------------------ measuring */
+
+static bool answered(const struct lb_chan *chan)
+{
+    struct pollfd p = {.fd = lb_chan_fd(chan), .events = POLLIN};
+
+    return poll(&p, 1, 0) > 0;
+}
+
+static int send_data(struct lb_chan *chan, uint8_t *data, size_t len, struct lb_error *err)
+{
+    Lb__Control m = LB__CONTROL__INIT;
+    Lb__LinkData d = LB__LINK_DATA__INIT;
+
+    d.data = (ProtobufCBinaryData){len, data};
+    m.kind_case = LB__CONTROL__KIND_LINK_DATA;
+    m.link_data = &d;
+    return lb_ctl_send(chan, &m, err);
+}
+
+static int flood(struct lb_chan *chan, struct lb_error *err)
+{
+    LB_AUTO_FREE uint8_t *data = lb_alloc(PIECE_BYTES);
+    uint64_t until = lb_now_ns() + 2 * TEST_MS * UINT64_C(1000000);
+
+    while (!answered(chan) && lb_now_ns() < until)
+        if (send_data(chan, data, PIECE_BYTES, err))
+            return -1;
+    return answered(chan) ? 0 : send_data(chan, NULL, 0, err);
+}
+
+static int test(struct lb_chan *chan, uint64_t *bytes_per_s, struct lb_error *err)
+{
+    Lb__Control m = LB__CONTROL__INIT, *in = NULL;
+    Lb__LinkTest t = LB__LINK_TEST__INIT;
+    Lb__Hello h = LB__HELLO__INIT;
+    uint64_t us;
+
+    lb_ctl_hello(&h, NULL);
+    t.hello = &h;
+    t.max_ms = TEST_MS;
+    m.kind_case = LB__CONTROL__KIND_LINK_TEST;
+    m.link_test = &t;
+    if (lb_ctl_send(chan, &m, err) || flood(chan, err) ||
+        lb_ctl_expect(chan, LB__CONTROL__KIND_LINK_RESULT, &in, lb_now_ns() + ANSWER_NS, err))
+        return -1;
+    us = in->link_result->took_us;
+    *bytes_per_s = us ? (uint64_t)((double)in->link_result->bytes * 1e6 / (double)us) : 0;
+    lb__control__free_unpacked(in, NULL);
+    if (!*bytes_per_s || *bytes_per_s > LB_INV_MAX_BYTES)
+        return lb_fail(err, LB_E_NET, "nothing of the test came through in time");
+    return 0;
+}
+
+/* ---------------------------------------------------------------------- what is known */
+
+/* NULL: none, or it is damaged: measured again. */
+static json_t *load(const char *state_dir)
+{
+    LB_AUTO_FREE char *path = lb_asprintf("%s/links.json", state_dir), *text = NULL;
+    json_t *o;
+
+    if (lb_file_read(path, MAX_FILE, &text, NULL, NULL))
+        return json_object();
+    o = json_loads(text, 0, NULL);
+    if (json_is_object(o))
+        return o;
+    json_decref(o);
+    return json_object();
+}
+
+static bool recall(const char *state_dir, struct lb_peer *p)
+{
+    json_t *all = load(state_dir), *o = json_object_get(all, p->key);
+    uint64_t at = 0, rate = 0, now = lb_wall_ms();
+    char address[sizeof(p->host.address)];
+    bool known = !lb_json_get_u64(o, "at_ms", INT64_MAX, &at) &&
+                 !lb_json_get_u64(o, "bytes_per_s", LB_INV_MAX_BYTES, &rate) && rate &&
+                 !lb_json_get_string(o, "address", address, sizeof(address)) && !strcmp(address, p->host.address) &&
+                 at <= now && now - at < FRESH_MS;
+
+    json_decref(all);
+    if (known)
+        p->link_bytes_per_s = rate;
+    return known;
+}
+
+static void remember(const char *state_dir, const struct lb_peer *p)
+{
+    LB_AUTO_FREE char *path = lb_asprintf("%s/links.json", state_dir);
+    struct lb_error err = LB_ERROR_INIT;
+    json_t *all = load(state_dir);
+
+    json_object_set_new(all, p->key, json_pack("{s:o, s:I, s:I}", "address", lb_json_text(p->host.address), "bytes_per_s",
+                                               (json_int_t)p->link_bytes_per_s, "at_ms", (json_int_t)lb_wall_ms()));
+    LB_AUTO_FREE char *text = json_dumps(all, JSON_COMPACT);
+    json_decref(all);
+    if (text && lb_file_write_atomic(path, text, strlen(text), 0600, &err))
+        lb_log_error(LB_LOG_WARN, &err);
+}
+
+int lb_link_measure(const char *state_dir, const struct lb_identity *me, struct lb_peer *p, int cancel_fd,
+                    struct lb_error *err)
+{
+    struct lb_chan *chan = NULL;
+    char host[256];
+    uint16_t port;
+    int rc = -1;
+
+    p->measured = true;
+    if (recall(state_dir, p))
+        return 0;
+    lb_host_address(&p->host, host, &port);
+    if (!lb_chan_connect(host, port, me, p->host.pub, CONNECT_MS, cancel_fd, &chan, err))
+        rc = test(chan, &p->link_bytes_per_s, err);
+    lb_chan_close(chan);
+    if (rc) {
+        p->measured = false;
+        return lb_context(err, "the link to host %s cannot be measured", p->host.name);
+    }
+    remember(state_dir, p);
+    return 0;
+}
