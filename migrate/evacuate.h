@@ -29,7 +29,7 @@
  *
  * JSON that `evacuate` streams and `--json` prints (one object a line):
  *   {"event":"note","text":"measuring the link to b"}                                     while it plans
- *   {"event":"plan","id":"...","host":"a","makespan_s":,"bytes":,"parallel":,"vms":,
+ *   {"event":"plan","id":"...","host":"a","makespan_s":,"bytes":,"parallel":,"margin":,"vms":,
  *    "steps":[{"vm","kind":"copy|swap|backup|suspend","from","to","start_s","end_s","downtime_ms","bytes","memory_bytes",
  *              "dirty_bytes_per_s","alone","throttled","suspended"}],
  *    "stays":[{"vm","backup":false,"reason","remedy"}],
