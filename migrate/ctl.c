@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 int lb_ctl_send(struct lb_chan *c, const Lb__Control *msg, struct lb_error *err)
@@ -28,7 +29,9 @@ void lb_ctl_failure_to_error(const Lb__Failure *f, struct lb_error *err)
         lb_remedy(err, "%s", f->remedy);
 }
 
-int lb_ctl_recv(struct lb_chan *c, Lb__Control **out, uint64_t deadline_ns, struct lb_error *err)
+/* *heard counts every message, those that are swallowed too. */
+static int receive(struct lb_chan *c, Lb__Control **out, uint64_t deadline_ns, _Atomic unsigned *heard,
+                   struct lb_error *err)
 {
     for (;;) {
         LB_AUTO_FREE void *buf = NULL;
@@ -40,6 +43,7 @@ int lb_ctl_recv(struct lb_chan *c, Lb__Control **out, uint64_t deadline_ns, stru
         m = lb__control__unpack(NULL, len, buf);
         if (!m)
             return lb_fail(err, LB_E_PROTO, "the peer sent a control message that does not parse");
+        ++*heard;
         if (m->kind_case == LB__CONTROL__KIND_KEEPALIVE) {
             lb__control__free_unpacked(m, NULL);
             continue;
@@ -64,6 +68,13 @@ int lb_ctl_recv(struct lb_chan *c, Lb__Control **out, uint64_t deadline_ns, stru
         *out = m;
         return 0;
     }
+}
+
+int lb_ctl_recv(struct lb_chan *c, Lb__Control **out, uint64_t deadline_ns, struct lb_error *err)
+{
+    _Atomic unsigned heard = 0;
+
+    return receive(c, out, deadline_ns, &heard, err);
 }
 
 static int expect_kind(Lb__Control *m, Lb__Control__KindCase want, Lb__Control **out,
@@ -135,6 +146,8 @@ struct lb_ctl_queue {
     struct lb_error error;
     bool (*tap)(const Lb__Control *m, void *arg);
     void *tap_arg;
+    /* any thread */
+    _Atomic unsigned heard;
 };
 
 static bool tapped(struct lb_ctl_queue *q, Lb__Control *m)
@@ -162,7 +175,7 @@ static void *reader_main(void *p)
         struct node *n;
         bool flood;
 
-        if (lb_ctl_recv(q->chan, &m, 0, &err))
+        if (receive(q->chan, &m, 0, &q->heard, &err))
             break;
         if (tapped(q, m))
             continue;
@@ -279,6 +292,11 @@ void lb_ctl_queue_interrupt(struct lb_ctl_queue *q)
     q->interrupted = true;
     pthread_cond_broadcast(&q->cond);
     pthread_mutex_unlock(&q->mu);
+}
+
+unsigned lb_ctl_queue_heard(struct lb_ctl_queue *q)
+{
+    return q->heard;
 }
 
 bool lb_ctl_queue_ended(struct lb_ctl_queue *q, struct lb_error *err)

@@ -44,6 +44,8 @@ int lb_ctl_queue_expect(struct lb_ctl_queue *q, Lb__Control__KindCase want, Lb__
 /* Any thread: who waits for a message comes back with LB_E_CANCELLED, now and from now on.
  * The channel itself stays up, so that a Cancel can still be sent. */
 void lb_ctl_queue_interrupt(struct lb_ctl_queue *q);
+/* Messages that came, Keepalives too: a sign of life. Any thread. */
+unsigned lb_ctl_queue_heard(struct lb_ctl_queue *q);
 /* The error the channel ended with; false while it is up. */
 bool lb_ctl_queue_ended(struct lb_ctl_queue *q, struct lb_error *err);
 void lb_ctl_queue_stop(struct lb_ctl_queue *q); /* aborts the channel, joins; NULL is fine */

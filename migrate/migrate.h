@@ -5,6 +5,7 @@
  *   source (migrate-out)                       destination (migrate-in)
  *   CONNECT    Noise channel, MigrateRequest   PREFLIGHT  checks, report
  *   PREFLIGHT  report read                     LAUNCH     receiver started, RAM mapped
+ *   READY      with opts.wait_go: for the go
  *   ROUNDS     stop/clean/cont, send           RECEIVE    pages placed as they come
  *   FINAL      stop, last pages, device state  LOAD       state loaded, still paused, digest
  *   WAIT       for Prepared               <--- PREPARED
@@ -44,6 +45,7 @@ struct lb_migrate_opts {
     bool dry_run;
     bool insecure_plaintext;
     bool allow_throttle;            /* default true: last but one step of the ladder */
+    bool wait_go;                   /* set up, report "ready", send nothing before env->go_fd says so */
 };
 
 /* What the outside sees while it works. Numbers are for people and JSON alike;
@@ -71,7 +73,7 @@ struct lb_migrate_result {
     bool dry_run;
     uint32_t rounds;
     uint64_t wire_bytes, zero_pages, raw_pages, zstd_pages;
-    double total_ms;            /* connect to acknowledged */
+    double total_ms;            /* connect to acknowledged, without waiting for a go */
     double setup_ms;            /* connect, preflight, launch of the receiver */
     double downtime_ms;         /* stop on the source to Running from the destination */
     double load_ms, final_dirty_pages;
@@ -87,6 +89,7 @@ struct lb_session_env {
     const struct lb_hv_ops *hv;
     const struct lb_identity *identity;
     int cancel_fd;              /* readable = cancel wanted (eventfd); polled, never read */
+    int go_fd;                  /* the same for opts.wait_go: readable = send now */
     /* Called from the engine thread, at most 10/s and on every state change. */
     void (*report)(const struct lb_progress *p, void *arg);
     /* Preflight lines, once, before anything is touched. json: array of {id,status,message,remedy}. */

@@ -18,7 +18,8 @@
 static const struct lb_sm_state states[] = {
     [S_CONNECT] = {"connecting", LB_SM_TO(S_PREFLIGHT) | LB_SM_TO(S_FAILED)},
     [S_PREFLIGHT] = {"preflight", LB_SM_TO(S_LAUNCH) | LB_SM_TO(S_DONE) | LB_SM_TO(S_FAILED)},
-    [S_LAUNCH] = {"launching", LB_SM_TO(S_ROUNDS) | LB_SM_TO(S_FAILED)},
+    [S_LAUNCH] = {"launching", LB_SM_TO(S_READY) | LB_SM_TO(S_ROUNDS) | LB_SM_TO(S_FAILED)},
+    [S_READY] = {"ready", LB_SM_TO(S_ROUNDS) | LB_SM_TO(S_FAILED)},
     [S_ROUNDS] = {"pre-copy", LB_SM_TO(S_FINAL) | LB_SM_TO(S_FAILED)},
     [S_FINAL] = {"stop-and-copy", LB_SM_TO(S_WAIT) | LB_SM_TO(S_FAILED)},
     [S_WAIT] = {"waiting", LB_SM_TO(S_HANDED_OVER) | LB_SM_TO(S_FAILED)},
@@ -83,6 +84,7 @@ void lb_out_report(struct out *o, bool force)
     switch (o->sm.state) {
     case S_PREFLIGHT: pct = 1; break;
     case S_LAUNCH: pct = 2; break;
+    case S_READY: pct = 3; break;
     case S_FINAL: case S_WAIT: case S_HANDED_OVER: case S_UNDECIDED: pct = 98; break;
     case S_DONE: pct = 100; break;
     default: break;
@@ -432,6 +434,8 @@ int lb_migrate_out(const struct lb_session_env *env, const struct lb_vm_entry *v
     if (!rc)
         rc = lb_out_setup(o, &local);
     res->setup_ms = (double)(lb_now_ns() - o->t_start) / 1e6;
+    if (!rc)
+        rc = lb_out_wait_go(o, &local);
     if (!rc) {
         o->frames = o->tx.desc.argv ? lb_frames_new(o->tx.desc.argv) : NULL;
         rc = lb_out_precopy(o, &local);

@@ -16,7 +16,7 @@
 #include "migrate/tx.h"
 
 enum lb_out_state {
-    S_CONNECT, S_PREFLIGHT, S_LAUNCH, S_ROUNDS, S_FINAL, S_WAIT, S_HANDED_OVER, S_DONE, S_FAILED,
+    S_CONNECT, S_PREFLIGHT, S_LAUNCH, S_READY, S_ROUNDS, S_FINAL, S_WAIT, S_HANDED_OVER, S_DONE, S_FAILED,
     S_UNDECIDED,
 };
 
@@ -44,7 +44,8 @@ struct out {
     struct lb_frames *frames;
     bool throttled, saving;
     unsigned throttle_percent;
-    uint64_t t_start, t_round, t_report;
+    uint64_t t_start;        /* moved on by the time spent waiting for a go */
+    uint64_t t_round, t_report;
     double dirty_rate, throughput;
     uint64_t bytes_seen, bytes_seen_ns;
     struct lb_round_stats rounds[MAX_ROUNDS];
@@ -63,6 +64,8 @@ void lb_out_note(struct out *o, const char *text);
 /* From now on a crash leaves something to clean up: says so on disk. */
 int lb_out_begin_journal(struct out *o, struct lb_error *err);
 int lb_out_setup(struct out *o, struct lb_error *err);
+/* Nothing without opts.wait_go. */
+int lb_out_wait_go(struct out *o, struct lb_error *err);
 
 /* out_rounds.c */
 int lb_out_precopy(struct out *o, struct lb_error *err);

@@ -1,10 +1,14 @@
 /*
  * migrate/out_setup.c - the source session between preflight and the first page: journal,
- * transfer (tx.h), a first forecast.
+ * transfer (tx.h), a first forecast, waiting for others that send first.
  */
 #include "migrate/out_internal.h"
 
+#include <poll.h>
 #include <string.h>
+
+#define GO_POLL_MS 100
+#define KEEPALIVE_NS UINT64_C(5000000000)
 
 int lb_out_begin_journal(struct out *o, struct lb_error *err)
 {
@@ -45,3 +49,35 @@ int lb_out_setup(struct out *o, struct lb_error *err)
     return lb_tx_connect(&o->tx, NULL, err);
 }
 
+
+static int keep_alive(struct out *o, struct lb_error *err)
+{
+    Lb__Control m = LB__CONTROL__INIT;
+    Lb__Keepalive k = LB__KEEPALIVE__INIT;
+
+    m.kind_case = LB__CONTROL__KIND_KEEPALIVE;
+    m.keepalive = &k;
+    return lb_ctl_send(o->tx.chan, &m, err) ? lb_tx_explain(&o->tx, err) : 0;
+}
+
+int lb_out_wait_go(struct out *o, struct lb_error *err)
+{
+    struct pollfd go = {.fd = o->env->go_fd, .events = POLLIN};
+    uint64_t began = lb_now_ns(), said = began;
+
+    if (!o->opts->wait_go)
+        return 0;
+    lb_out_move(o, S_READY);
+    while (poll(&go, 1, GO_POLL_MS) <= 0) {
+        if (lb_tx_check_interrupt(&o->tx, err))
+            return -1;
+        if (lb_now_ns() - said < KEEPALIVE_NS)
+            continue;
+        said = lb_now_ns();
+        if (keep_alive(o, err))
+            return -1;
+    }
+    o->t_start += lb_now_ns() - began;
+    /* What was written meanwhile says nothing about the rounds to come. */
+    return lb_tx_restart_log(&o->tx, err);
+}

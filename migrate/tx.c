@@ -470,6 +470,18 @@ int lb_tx_continue(struct lb_tx *t, struct lb_error *err)
     return 0;
 }
 
+int lb_tx_restart_log(struct lb_tx *t, struct lb_error *err)
+{
+    t->t_stop = lb_now_ns();
+    t->stopped = true;
+    if (lb_hv_stop(t->vm, err))
+        return -1;
+    for (unsigned b = 0; b < t->n_blocks; b++)
+        if (t->blocks[b].kind != LB_RAM_ROM && lb_hv_log_clean(t->vm, &t->blocks[b], &t->dirty[b], err))
+            return -1;
+    return lb_tx_continue(t, err);
+}
+
 int lb_tx_micro_stop(struct lb_tx *t, struct lb_error *err)
 {
     uint64_t pages;

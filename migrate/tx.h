@@ -81,6 +81,8 @@ int lb_tx_pause(struct lb_tx *t, uint64_t *pages, struct lb_error *err);
 /* Guest paused: once more. */
 int lb_tx_fetch_log(struct lb_tx *t, uint64_t *pages, struct lb_error *err);
 int lb_tx_continue(struct lb_tx *t, struct lb_error *err);
+/* The log begins anew; what was in it is to be sent, besides what is in dirty[] already. */
+int lb_tx_restart_log(struct lb_tx *t, struct lb_error *err);
 /* pause + continue */
 int lb_tx_micro_stop(struct lb_tx *t, struct lb_error *err);
 /* What the guest wrote since the log was fetched, without clearing. */

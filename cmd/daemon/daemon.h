@@ -191,6 +191,8 @@ struct session *lb_session_of_vm(struct daemon *d, const char *vm);
 bool lb_session_blocks(const struct session *s, const struct lb_vm_entry *e);
 struct session *lb_session_wanting(struct daemon *d, const uint8_t id[LB_SESSION_ID_BYTES]);
 int lb_session_order_cancel(struct session *s, struct lb_error *err);
+/* One that has said "ready" may send. */
+int lb_session_order_go(struct session *s, struct lb_error *err);
 int lb_session_order_failover(struct session *s, bool force, struct lb_error *err);
 /* Passes the connection on; fd is closed here in any case. */
 int lb_session_order_conn(struct session *s, int fd, struct lb_error *err);

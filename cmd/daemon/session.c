@@ -47,7 +47,7 @@ struct sess {
     Lb__SessionStart *start;
     char id[33];
     char *sessions_path;
-    int cancel_fd, wake_fd, failover_fd;
+    int cancel_fd, wake_fd, failover_fd, go_fd;
     pthread_t thread;
 
     /* written before failover_fd, read after it */
@@ -192,6 +192,10 @@ static void obey(struct sess *s, const Lb__SessionOrder *o, int *fd)
         lb_log(LB_LOG_INFO, "failover was asked for%s", s->failover_force ? ", by force" : "");
         if (write(s->failover_fd, &one, sizeof(one)) != sizeof(one))
             lb_log(LB_LOG_DEBUG, "asked for already");
+        break;
+    case LB__SESSION_ORDER__KIND_GO:
+        if (write(s->go_fd, &one, sizeof(one)) != sizeof(one))
+            lb_log(LB_LOG_DEBUG, "told to go already");
         break;
     default:
         break;
@@ -495,6 +499,7 @@ static struct lb_session_env env_of(struct sess *s, const struct lb_identity *id
         .hv = &lb_hv_qemu,
         .identity = id,
         .cancel_fd = s->cancel_fd,
+        .go_fd = s->go_fd,
         .report = on_report,
         .preflight = on_preflight,
         .want_conns = want_conns,
@@ -529,6 +534,7 @@ static int fill_options(const Lb__SessionStart *m, struct lb_migrate_opts *o, st
         .dry_run = r->dry_run,
         .insecure_plaintext = r->insecure_plaintext,
         .allow_throttle = !r->no_throttle && c.throttle,
+        .wait_go = r->wait_go,
     };
     if (r->compress == LB_RPC_COMPRESS_CONFIGURED) {
         o->compress = !strcmp(c.compress, "off")          ? LB_COMPRESS_OFF
@@ -853,7 +859,8 @@ static int begin(struct sess *s, struct lb_error *err)
     s->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     s->failover_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (s->cancel_fd < 0 || s->wake_fd < 0 || s->failover_fd < 0)
+    s->go_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (s->cancel_fd < 0 || s->wake_fd < 0 || s->failover_fd < 0 || s->go_fd < 0)
         return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot make an event descriptor");
     pthread_mutex_init(&s->mu, NULL);
     pthread_condattr_init(&attr);

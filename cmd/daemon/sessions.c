@@ -231,6 +231,15 @@ int lb_session_order_cancel(struct session *s, struct lb_error *err)
     return order(s, &o, -1, err);
 }
 
+int lb_session_order_go(struct session *s, struct lb_error *err)
+{
+    Lb__SessionOrder o = LB__SESSION_ORDER__INIT;
+
+    o.kind_case = LB__SESSION_ORDER__KIND_GO;
+    o.go = true;
+    return order(s, &o, -1, err);
+}
+
 int lb_session_order_failover(struct session *s, bool force, struct lb_error *err)
 {
     Lb__SessionOrder o = LB__SESSION_ORDER__INIT;

@@ -107,11 +107,17 @@ static int take_conn(unsigned timeout_ms, struct lb_error *err, void *arg)
 }
 
 static double last_percent;
+static _Atomic bool is_ready;
+static int go_fd = -1;
 static void on_report(const struct lb_progress *p, void *arg)
 {
     (void)arg;
     assert_true(p->percent >= last_percent);
     last_percent = p->percent;
+    if (!strcmp(p->state, "ready")) {
+        assert_true(p->sent_bytes < LB_PAGE_SIZE); /* the greeting of each connection */
+        is_ready = true;
+    }
 }
 
 static struct lb_session_env env_of(struct host *h)
@@ -339,6 +345,7 @@ static lb_fake_id boot(const struct lb_fake_config *c, struct lb_vm_entry *e)
     struct lb_error err = LB_ERROR_INIT;
 
     last_percent = 0;
+    is_ready = false;
     if (lb_fake_start(c, &id, &err))
         fail_msg("%s", err.message);
     memset(e, 0, sizeof(*e));
@@ -360,6 +367,7 @@ static int migrate_cancel(const struct lb_vm_entry *e, const struct lb_migrate_o
 
     env.report = on_report;
     env.cancel_fd = cancel;
+    env.go_fd = go_fd;
     for (int i = 0; i < LB_SESSION_ID_BYTES; i++)
         env.session_id[i] = (uint8_t)rand();
     px.seen = 0;
@@ -692,6 +700,59 @@ static void test_cancel(void **state)
     assert_true(cancelled >= 3);
 }
 
+/* Told something a while after it is ready; what it is ready for does not happen before. */
+static void *tell_ready(void *arg)
+{
+    int *v = arg;
+    uint64_t one = 1;
+
+    while (!is_ready)
+        lb_sleep_ms(5);
+    lb_sleep_ms((unsigned)v[1]);
+    assert_int_equal(lb_fake_running("small"), 1);
+    if (v[0] >= 0)
+        assert_int_equal(write(v[0], &one, sizeof(one)), sizeof(one));
+    else
+        lb_fake_kill(id_in(&B, "small"), NULL);
+    return NULL;
+}
+
+static void test_wait_go(void **state)
+{
+    enum { GO, CANCEL, PEER_DIES, N };
+    struct lb_migrate_opts o = plain;
+
+    (void)state;
+    o.wait_go = true;
+    for (int what = 0; what < N; what++) {
+        struct lb_vm_entry e;
+        struct lb_migrate_result res;
+        struct lb_error err = LB_ERROR_INIT;
+        uint64_t nonce = nonce_of(boot(&small, &e));
+        int cancel = eventfd(0, EFD_CLOEXEC), v[2] = {-1, 1500}, rc;
+        pthread_t t;
+
+        go_fd = eventfd(0, EFD_CLOEXEC);
+        v[0] = what == GO ? go_fd : what == CANCEL ? cancel : -1;
+        pthread_create(&t, NULL, tell_ready, v);
+        rc = migrate_cancel(&e, &o, cancel, &res, &err);
+        pthread_join(t, NULL);
+        close(cancel);
+        close(go_fd);
+        go_fd = -1;
+        if (what == GO) {
+            assert_int_equal(rc, 0);
+            assert_true(res.total_ms < 1400); /* waiting is not counted */
+            check_one("small", &B, &A, nonce);
+        } else {
+            assert_int_equal(rc, -1);
+            assert_int_equal(err.code, what == CANCEL ? LB_E_CANCELLED : LB_E_HV);
+            check_one("small", &A, &B, nonce);
+        }
+        clean("small");
+    }
+}
+
 static void test_no_converge(void **state)
 {
     struct lb_fake_config c = {.name = "wild", .ram_bytes = 64 << 20, .touched_pages = 15000,
@@ -992,6 +1053,7 @@ int main(void)
         T(test_deaths),
         T(test_wire_faults),
         T(test_cancel),
+        T(test_wait_go),
         T(test_no_converge),
         T(test_untrusted),
         T(test_recover),
