@@ -138,7 +138,7 @@ class Census:
                 argv = [word.decode(errors="replace") for word in f.read().split(b"\0")]
         except OSError:
             return
-        if "qemu-system" not in os.path.basename(argv[0]):
+        if "qemu-system" not in os.path.basename(argv[0]) or "-name" not in argv or "-qmp" not in argv:
             return
         name = argv[argv.index("-name") + 1].split(",")[0]
         path = [argv[i + 1] for i, word in enumerate(argv) if word == "-qmp"][-1][len("unix:"):].split(",")[0]
@@ -199,7 +199,10 @@ class Census:
         """A QMP command to the one that runs it; its answer is not waited for."""
         for qemu in self.of(name):
             if qemu.running():
-                qemu.sock.sendall(json.dumps({"execute": command}).encode())
+                try:
+                    qemu.sock.sendall(json.dumps({"execute": command}).encode())
+                except OSError:
+                    pass  # it ends just now
 
     def overlaps(self):
         """["NAME ran on a and b for 3.1 ms"]: every time at which two QEMUs ran the same VM."""
@@ -377,7 +380,7 @@ class Harbour(Fleet):
         disk = self.make_disk(name + ".img", disk_mb) if disk_mb else None
         ip = "%s.%d" % (LAN, 10 + number)
         self.run_vm(role, name, memory_mb=memory_mb, work=work, disk=disk, tap="tap%d" % number, net=ip + "/24",
-                    mac="52:54:00:77:01:%02x" % (16 + number), accel="tcg,thread=multi,tb-size=16")
+                    mac="52:54:00:77:01:%02x" % (16 + number), accel="tcg,thread=multi,tb-size=16", small=True)
         self.linux[name] = {"ip": ip, "nonce": None, "disk": bool(disk)}
         return name
 

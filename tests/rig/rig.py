@@ -799,11 +799,12 @@ class Rig:
         return path
 
     def qemu_argv(self, host, name, work="", memory_mb=1024, machine="pc-i440fx-7.2", smp=1, tap="tap0", nic="virtio-net-pci",
-                  disk=None, disk_device="virtio-blk-pci", memfd=False, incoming=None, full_kernel=False, extra=(), guest=GUEST,
+                  disk=None, disk_device="virtio-blk-pci", memfd=False, incoming=None, full_kernel=False, small=False, extra=(), guest=GUEST,
                   net=GUEST_IP + "/24", mac=GUEST_MAC, qemu="qemu-system-x86_64", accel="tcg,thread=multi",
                   cpu="max"):
         """The command line of a guest; the same arguments on two hosts give two ends of a migration. work: words as in
-        tests/guest/README.md, without "lb."; monitors, serial line and log go to host.dir/NAME.*."""
+        tests/guest/README.md, without "lb."; small: without Redis, enough for 96 MB; monitors, serial line and log go to
+        host.dir/NAME.*."""
         suffix = "-full" if full_kernel else ""
         words = ["console=ttyS0", "quiet", "panic=-1", "lb.net=" + net] + ["lb." + word for word in work.split()]
         base = os.path.join(host.dir, name)
@@ -813,7 +814,7 @@ class Rig:
             machine += ",memory-backend=ram0"
         argv = [qemu, "-name", name, "-nodefaults", "-display", "none", "-no-reboot", "-machine", machine, "-accel", accel,
                 "-cpu", cpu, "-smp", str(smp), *memory,
-                "-kernel", os.path.join(guest, "vmlinuz" + suffix), "-initrd", os.path.join(guest, "initrd%s.img" % suffix),
+                "-kernel", os.path.join(guest, "vmlinuz" + suffix), "-initrd", os.path.join(guest, "initrd%s.img" % ("-small" if small else suffix)),
                 "-append", " ".join(words),
                 "-qmp", "unix:%s.qmp,server=on,wait=off" % base, "-qmp", "unix:%s.qmp2,server=on,wait=off" % base,
                 "-serial", "file:%s.serial" % base]
