@@ -21,10 +21,10 @@ static void show(const json_t *o)
 
 static void show_evacuation(const json_t *o)
 {
-    printf("evacuation %s: %lld of %lld VMs have left, the others run here\n", lb_jstr(o, "phase"), (long long)lb_jint(o, "done"),
-           (long long)lb_jint(o, "vms"));
-    lb_evac_print_left(stdout, o);
-    puts("`lifeboat evacuate` goes on with it, `lifeboat maintenance off --bring-back` reverses it");
+    struct lb_evac_view *v = lb_evac_view_new(stdout, false);
+
+    lb_evac_view_result(v, o);
+    lb_evac_view_free(v);
 }
 
 static error_t parse(int key, char *arg, struct argp_state *state)

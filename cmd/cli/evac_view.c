@@ -19,9 +19,9 @@ struct lb_evac_view {
     double percent;           /* never goes down */
     double whole_s;           /* without a terminal: when the whole is due */
     char host[256], plan_id[64], phase[16], note[200];
-    json_t *items;            /* "VM\nKIND": the item as it was told last; in the order of the first event */
+    json_t *items;            /* "VM" or "VM\nbackup": the item as it was told last; in the order of the first event */
     char *drawn;              /* lines that stand on the terminal; NULL: none */
-    unsigned cols;
+    unsigned cols, rows;
 };
 
 struct lb_evac_view *lb_evac_view_new(FILE *f, bool tty)
@@ -203,16 +203,28 @@ static void print_active(const struct lb_evac_view *v, FILE *f, const json_t *it
     free(text);
 }
 
-/* "12 of 30 VMs, 1 stays  210.0 MiB/s  14.8 GiB of 36.0 GiB  ETA 80 s" */
+/* VMs in that state; NULL: all. The event counts new backups, too. */
+static unsigned vms_that(const struct lb_evac_view *v, const char *state)
+{
+    unsigned n = 0;
+    const char *key;
+    json_t *item;
+
+    json_object_foreach (v->items, key, item)
+        n += !is(item, "kind", "backup") && (!state || is(item, "state", state));
+    return n;
+}
+
+/* "12 of 30 VMs, 1 cannot  210.0 MiB/s  14.8 GiB of 36.0 GiB  ETA 80 s" */
 static void print_whole(const struct lb_evac_view *v, FILE *f, const json_t *ev)
 {
     char sent[32], all[32];
 
-    fprintf(f, "%lld of %lld VMs", (long long)lb_jint(ev, "done"), (long long)lb_jint(ev, "vms"));
-    if (lb_jint(ev, "failed"))
-        fprintf(f, ", %lld failed", (long long)lb_jint(ev, "failed"));
-    if (lb_jint(ev, "left"))
-        fprintf(f, ", %lld cannot", (long long)lb_jint(ev, "left"));
+    fprintf(f, "%u of %u VMs", vms_that(v, "done"), vms_that(v, NULL));
+    if (vms_that(v, "failed"))
+        fprintf(f, ", %u failed", vms_that(v, "failed"));
+    if (vms_that(v, "left"))
+        fprintf(f, ", %u cannot", vms_that(v, "left"));
     if (v->phase[0] && strcmp(v->phase, "running"))
         fprintf(f, "  %s", v->phase);
     print_rate(f, ev);
@@ -331,7 +343,8 @@ static void draw(struct lb_evac_view *v, const json_t *ev, const char *lines, un
 /* Remembers it; what has ended before the watching began is no news. */
 static void take_item(struct lb_evac_view *v, FILE *f, const json_t *item)
 {
-    LB_AUTO_FREE char *key = lb_asprintf("%s\n%s", lb_jstr(item, "vm"), lb_jstr(item, "kind"));
+    /* How it leaves may change; a new backup is another thing than where it runs. */
+    LB_AUTO_FREE char *key = lb_asprintf("%s%s", lb_jstr(item, "vm"), is(item, "kind", "backup") ? "\nbackup" : "");
     json_t *was = json_object_get(v->items, key);
 
     if (v->begun || !settled(item))
@@ -394,6 +407,7 @@ void lb_evac_view_event(struct lb_evac_view *v, const json_t *ev, unsigned cols,
     bool whole = is(ev, "event", "evacuation");
 
     v->cols = cols;
+    v->rows = rows;
     if (is(ev, "event", "note"))
         take_note(v, m, lb_jstr(ev, "text"));
     else if (is(ev, "event", "plan"))
@@ -434,11 +448,11 @@ static void print_pauses(FILE *f, const json_t *items)
     if (!n)
         return;
     qsort(ms, n, sizeof(*ms), by_size);
-    fprintf(f, ", paused %s (median), %s at most", lb_span(median, sizeof(median), ms[n / 2]),
+    fprintf(f, ", paused %s (median), %s at most", lb_span(median, sizeof(median), ms[(n - 1) / 2]),
             lb_span(most, sizeof(most), ms[n - 1]));
 }
 
-void lb_evac_print_left(FILE *f, const json_t *evacuation)
+static void print_left(FILE *f, const json_t *evacuation)
 {
     size_t i;
     json_t *item;
@@ -470,25 +484,28 @@ static void print_sums(FILE *f, const json_t *o)
 
 void lb_evac_view_result(struct lb_evac_view *v, const json_t *o)
 {
-    long long done = lb_jint(o, "done"), left = lb_jint(o, "vms") - done;
+    unsigned done, left;
     bool ok = lb_jbool(o, "ok");
 
+    lb_evac_view_event(v, o, v->cols, v->rows);
     lb_evac_view_wipe(v);
-    if (v->returning || is(o, "phase", "returning")) {
-        fprintf(v->f, "%lld VMs are back", done);
+    done = vms_that(v, "done");
+    left = vms_that(v, NULL) - done;
+    if (v->returning) {
+        fprintf(v->f, "%u VM%s came back", done, done == 1 ? "" : "s");
         print_sums(v->f, o);
         if (!ok)
-            fprintf(v->f, "%lld are not:\n", left);
+            fprintf(v->f, "%u did not; `lifeboat maintenance off --bring-back` tries it again\n", left);
     } else if (ok) {
-        fprintf(v->f, "host %s is empty: %lld VMs have left", v->host[0] ? v->host : "here", done);
+        fprintf(v->f, "host %s is empty: %u VM%s left it", v->host[0] ? v->host : "here", done, done == 1 ? "" : "s");
         print_sums(v->f, o);
-        fputs("it takes no VM until `lifeboat maintenance off`; with --bring-back all of them return\n", v->f);
+        fputs("it takes no VM until `lifeboat maintenance off`; with --bring-back those that left return\n", v->f);
     } else {
-        fprintf(v->f, "%s: %lld VMs have left", is(o, "phase", "cancelled") ? "cancelled" : "not empty", done);
+        fprintf(v->f, "%s: %u VM%s left", is(o, "phase", "cancelled") ? "cancelled" : "not empty", done, done == 1 ? "" : "s");
         print_sums(v->f, o);
-        fprintf(v->f, "%lld run here; `lifeboat evacuate` goes on with them, `lifeboat maintenance off --bring-back` "
-                      "reverses what was done\n", left);
+        fprintf(v->f, "%u run%s here; `lifeboat evacuate` goes on, `lifeboat maintenance off --bring-back` reverses what was done\n",
+                left, left == 1 ? "s" : "");
     }
-    lb_evac_print_left(v->f, o);
+    print_left(v->f, o);
     fflush(v->f);
 }

@@ -30,11 +30,8 @@ struct lb_evac_view *lb_evac_view_new(FILE *f, bool tty);
 void lb_evac_view_event(struct lb_evac_view *v, const json_t *ev, unsigned cols, unsigned rows);
 /* What stands there and would be drawn over is wiped: before anything else is printed. */
 void lb_evac_view_wipe(struct lb_evac_view *v);
-/* The result, in words, with what is left, why, and what can be done. */
+/* The last event: in words, with what is left, why, and what can be done. */
 void lb_evac_view_result(struct lb_evac_view *v, const json_t *result);
 void lb_evac_view_free(struct lb_evac_view *v);
-
-/* The same words for `cancel --evacuation`, which has watched nothing. */
-void lb_evac_print_left(FILE *f, const json_t *evacuation);
 
 #endif

@@ -82,7 +82,6 @@ static int judge(struct following *w, const char *text)
     if (w->cli->json) {
         puts(text);
     } else {
-        lb_evac_view_event(w->view, o, lb_columns(), lb_rows());
         lb_evac_view_result(w->view, o);
     }
     json_decref(o);

@@ -168,7 +168,6 @@ static void result(struct replay *r, const char *text)
 {
     json_t *o = json(text);
 
-    lb_evac_view_event(r->view, o, r->cols, r->rows);
     lb_evac_view_result(r->view, o);
     json_decref(o);
     feed(r);
@@ -191,6 +190,7 @@ static void end(struct replay *r)
     "{\"vm\":\"" vm "\",\"kind\":\"" kind "\",\"from\":\"" from "\",\"to\":\"" to "\",\"state\":\"" state "\",\"percent\":" percent \
     ",\"bytes\":" bytes ",\"throughput_bytes_per_s\":" rate ",\"eta_s\":" eta ",\"elapsed_s\":" s ",\"downtime_ms\":" pause \
     ",\"tries\":" tries ",\"message\":\"" message "\",\"remedy\":\"" remedy "\"}"
+#define DONE(vm, kind, to, pause) ITEM(vm, kind, "a", to, "done", "100", "1", "0", "null", "1", pause, "1", "", "")
 #define WAITS(vm, kind, to) ITEM(vm, kind, "a", to, "waits", "0", "0", "0", "null", "0", "0", "0", "", "")
 
 static const char *const story[] = {
@@ -225,7 +225,7 @@ static void test_terminal(void **state)
     size_t before;
 
     (void)state;
-    begin(&r, true, 100, 24);
+    begin(&r, true, 120, 24);
     event(&r, story[0]);
     event(&r, story[1]);
     assert_int_equal(term.n, 1); /* what stays was in the plan */
@@ -253,9 +253,9 @@ static void test_terminal(void **state)
     assert_string_equal(last(1), "[--------------------]   0%  web2 -> b  setting up");
     assert_memory_equal(last(0), "[########------------]  40%", 27); /* never less than it was */
     result(&r, story_end);
-    assert_string_equal(last(7), "  planned anew: 1 steps in 6.50 s");
-    assert_string_equal(last(6), "web2 -> b: 1.2 GiB in 3.90 s, paused 19.5 ms");
-    assert_string_equal(last(5), "not empty: 3 VMs have left in 18.00 s, 2.4 GiB sent, paused 21.0 ms (median), 45.5 ms at most");
+    assert_string_equal(last(6), "  planned anew: 1 steps in 6.50 s");
+    assert_string_equal(last(5), "web2 -> b: 1.2 GiB in 3.90 s, paused 19.5 ms");
+    assert_string_equal(last(4), "not empty: 3 VMs left in 18.00 s, 2.4 GiB sent, paused 21.0 ms (median), 45.5 ms at most");
     assert_string_equal(last(2), "  card: has a passed-through card");
     assert_string_equal(last(1), "    remedy: unplug it");
     for (unsigned i = 0; i < term.n; i++)
@@ -287,23 +287,33 @@ static void test_no_terminal(void **state)
 
 static void test_words_of_the_end(void **state)
 {
-    static const char *const ends[][2] = {
-        {HEAD("done", "100", "80.2", "0", "4", "0", "0", "0", "4294967296", "0") "],\"ok\":true}",
-         "host a is empty: 4 VMs have left in 80.20 s, 4.0 GiB sent"},
-        {HEAD("cancelled", "50", "8", "null", "1", "0", "0", "0", "1073741824", "0") "],\"ok\":false}",
-         "cancelled: 1 VMs have left in 8.00 s, 1.0 GiB sent"},
-        {HEAD("returning", "100", "8", "0", "4", "0", "0", "0", "1073741824", "0") "],\"ok\":true}",
-         "4 VMs are back in 8.00 s, 1.0 GiB sent"},
+    static const struct {
+        const char *result, *line[3];
+    } ends[] = {
+        {HEAD("done", "100", "80.2", "0", "4", "0", "0", "0", "4294967296", "0")
+             DONE("web1", "copy", "b", "20") "," DONE("web2", "swap", "b", "30.5") "," DONE("web2", "backup", "c", "0") "],\"ok\":true}",
+         {"host a is empty: 2 VMs left it in 80.20 s, 4.0 GiB sent, paused 20.0 ms (median), 30.5 ms at most",
+          "it takes no VM until `lifeboat maintenance off`; with --bring-back those that left return"}},
+        {HEAD("cancelled", "50", "8", "null", "1", "0", "0", "0", "1073741824", "0")
+             DONE("web1", "copy", "b", "20") "," WAITS("web2", "copy", "b") "],\"ok\":false}",
+         {"cancelled: 1 VM left in 8.00 s, 1.0 GiB sent, paused 20.0 ms (median), 20.0 ms at most",
+          "1 runs here; `lifeboat evacuate` goes on, `lifeboat maintenance off --bring-back` reverses what was done"}},
+        {HEAD("returning", "100", "8", "0", "4", "0", "0", "0", "1073741824", "0")
+             ITEM("web1", "copy", "b", "a", "done", "100", "1", "0", "null", "1", "0", "1", "", "") ","
+             ITEM("web2", "copy", "b", "a", "left", "0", "0", "0", "null", "0", "0", "1", "host b does not answer", "") "],\"ok\":false}",
+         {"1 VM came back in 8.00 s, 1.0 GiB sent", "1 did not; `lifeboat maintenance off --bring-back` tries it again",
+          "  web2: host b does not answer"}},
     };
 
     (void)state;
     for (size_t i = 0; i < LB_ARRAY_LEN(ends); i++) {
         struct replay r;
 
-        begin(&r, true, 80, 24);
+        begin(&r, true, 150, 24);
         event(&r, story[0]);
-        result(&r, ends[i][0]);
-        assert_int_equal(count(ends[i][1]), 1);
+        result(&r, ends[i].result);
+        for (size_t k = 0; k < 3 && ends[i].line[k]; k++)
+            assert_int_equal(count(ends[i].line[k]), 1);
         end(&r);
     }
 }
