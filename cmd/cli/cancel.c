@@ -21,7 +21,7 @@ static void show(const json_t *o)
 
 static void show_evacuation(const json_t *o)
 {
-    struct lb_evac_view *v = lb_evac_view_new(stdout, false);
+    struct lb_evac_view *v = lb_evac_view_new(stdout, false, false);
 
     lb_evac_view_result(v, o);
     lb_evac_view_free(v);

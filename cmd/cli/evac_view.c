@@ -24,12 +24,13 @@ struct lb_evac_view {
     unsigned cols, rows;
 };
 
-struct lb_evac_view *lb_evac_view_new(FILE *f, bool tty)
+struct lb_evac_view *lb_evac_view_new(FILE *f, bool tty, bool returning)
 {
     struct lb_evac_view *v = lb_alloc(sizeof(*v));
 
     v->f = f;
     v->tty = tty;
+    v->returning = returning;
     v->items = json_object();
     return v;
 }
@@ -64,8 +65,8 @@ static bool settled(const json_t *item)
 static void print_label(const struct lb_evac_view *v, FILE *f, const json_t *item)
 {
     lb_print_text(f, lb_jstr(item, "vm"));
-    if (is(item, "kind", "suspend")) {
-        fputs(": to disk", f);
+    if (is(item, "kind", "suspend") || is(item, "kind", "resume")) {
+        fputs(is(item, "kind", "resume") ? ": from disk" : ": to disk", f);
         return;
     }
     fputs(is(item, "kind", "backup") ? ": new backup " : v->returning ? " <- " : " -> ", f);
@@ -225,7 +226,7 @@ static void print_whole(const struct lb_evac_view *v, FILE *f, const json_t *ev)
         fprintf(f, ", %u failed", vms_that(v, "failed"));
     if (vms_that(v, "left"))
         fprintf(f, ", %u cannot", vms_that(v, "left"));
-    if (v->phase[0] && strcmp(v->phase, "running"))
+    if (v->phase[0] && strcmp(v->phase, "running") && strcmp(v->phase, "returning"))
         fprintf(f, "  %s", v->phase);
     print_rate(f, ev);
     if (lb_jnum(ev, "bytes_planned") > 0)
@@ -371,7 +372,6 @@ static void take_evacuation(struct lb_evac_view *v, FILE *f, const json_t *ev)
     json_t *item;
 
     snprintf(v->phase, sizeof(v->phase), "%s", lb_jstr(ev, "phase"));
-    v->returning |= !strcmp(v->phase, "returning");
     v->percent = LB_MIN(LB_MAX(v->percent, lb_jnum(ev, "percent")), 100.0);
     take_note(v, f, lb_jstr(ev, "note"));
     json_array_foreach (json_object_get(ev, "items"), i, item)

@@ -25,7 +25,7 @@ void lb_plan_print(FILE *f, const json_t *plan);
  * Elsewhere the whole is a line every 10 s.
  */
 struct lb_evac_view;
-struct lb_evac_view *lb_evac_view_new(FILE *f, bool tty);
+struct lb_evac_view *lb_evac_view_new(FILE *f, bool tty, bool returning); /* returning: VMs come back */
 /* Any event of an evacuation. cols, rows: of the terminal now; without one they mean nothing. */
 void lb_evac_view_event(struct lb_evac_view *v, const json_t *ev, unsigned cols, unsigned rows);
 /* What stands there and would be drawn over is wiped: before anything else is printed. */

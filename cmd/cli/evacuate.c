@@ -91,11 +91,12 @@ static int judge(struct following *w, const char *text)
 int lb_evac_follow(struct lb_cli *cli, const Lb__RpcRequest *r, const Lb__RpcRequest *again, const json_t *plan,
                    const char *goes_on)
 {
-    struct following w = {.cli = cli, .view = lb_evac_view_new(stdout, isatty(STDOUT_FILENO)), .shown_plan = lb_jstr(plan, "id")};
+    struct following w = {.cli = cli, .shown_plan = lb_jstr(plan, "id")};
     int sigint_fd = lb_catch_sigint(), rc;
     struct lb_error err = LB_ERROR_INIT;
     char *text;
 
+    w.view = lb_evac_view_new(stdout, isatty(STDOUT_FILENO), r->kind_case == LB__RPC_REQUEST__KIND_MAINTENANCE);
     if (plan)
         lb_evac_view_event(w.view, plan, lb_columns(), lb_rows());
     text = lb_request(cli, r, on_event, &w, sigint_fd, &err);
@@ -198,7 +199,7 @@ static Lb__RpcRequest request(Lb__RpcEvacuate *m, const char *op)
 /* 1 yes, 0 no, -1 *err */
 static int under_way(struct lb_cli *cli, struct lb_error *err)
 {
-    static const char *const phases[] = {"running", "replanning", "cancelling"};
+    static const char *const phases[] = {"planning", "running", "replanning", "cancelling"};
     Lb__RpcEvacuate m = LB__RPC_EVACUATE__INIT;
     Lb__RpcRequest r = request(&m, "status");
     LB_AUTO_FREE char *text = lb_request(cli, &r, NULL, NULL, -1, err);

@@ -128,14 +128,19 @@ struct replay {
     unsigned cols, rows;
 };
 
-static void begin(struct replay *r, bool tty, unsigned cols, unsigned rows)
+static void begin_as(struct replay *r, bool returning, bool tty, unsigned cols, unsigned rows)
 {
     memset(r, 0, sizeof(*r));
     r->f = open_memstream(&r->out, &r->n);
-    r->view = lb_evac_view_new(r->f, tty);
+    r->view = lb_evac_view_new(r->f, tty, returning);
     r->cols = cols;
     r->rows = rows;
     term_reset(tty ? cols : MAX_COLS, rows);
+}
+
+static void begin(struct replay *r, bool tty, unsigned cols, unsigned rows)
+{
+    begin_as(r, false, tty, cols, rows);
 }
 
 static void feed(struct replay *r)
@@ -289,27 +294,30 @@ static void test_words_of_the_end(void **state)
 {
     static const struct {
         const char *result, *line[3];
+        bool returning;
     } ends[] = {
         {HEAD("done", "100", "80.2", "0", "4", "0", "0", "0", "4294967296", "0")
              DONE("web1", "copy", "b", "20") "," DONE("web2", "swap", "b", "30.5") "," DONE("web2", "backup", "c", "0") "],\"ok\":true}",
          {"host a is empty: 2 VMs left it in 80.20 s, 4.0 GiB sent, paused 20.0 ms (median), 30.5 ms at most",
-          "it takes no VM until `lifeboat maintenance off`; with --bring-back those that left return"}},
+          "it takes no VM until `lifeboat maintenance off`; with --bring-back those that left return"}, false},
         {HEAD("cancelled", "50", "8", "null", "1", "0", "0", "0", "1073741824", "0")
              DONE("web1", "copy", "b", "20") "," WAITS("web2", "copy", "b") "],\"ok\":false}",
          {"cancelled: 1 VM left in 8.00 s, 1.0 GiB sent, paused 20.0 ms (median), 20.0 ms at most",
-          "1 runs here; `lifeboat evacuate` goes on, `lifeboat maintenance off --bring-back` reverses what was done"}},
-        {HEAD("returning", "100", "8", "0", "4", "0", "0", "0", "1073741824", "0")
-             ITEM("web1", "copy", "b", "a", "done", "100", "1", "0", "null", "1", "0", "1", "", "") ","
-             ITEM("web2", "copy", "b", "a", "left", "0", "0", "0", "null", "0", "0", "1", "host b does not answer", "") "],\"ok\":false}",
+          "1 runs here; `lifeboat evacuate` goes on, `lifeboat maintenance off --bring-back` reverses what was done"}, false},
+        {HEAD("incomplete", "100", "8", "0", "4", "0", "0", "0", "1073741824", "0")
+             ITEM("web1", "back", "b", "a", "done", "100", "1", "0", "null", "1", "0", "1", "", "") ","
+             ITEM("web2", "back", "b", "a", "left", "0", "0", "0", "null", "0", "0", "1", "host b does not answer", "") "],\"ok\":false}",
          {"1 VM came back in 8.00 s, 1.0 GiB sent", "1 did not; `lifeboat maintenance off --bring-back` tries it again",
-          "  web2: host b does not answer"}},
+          "  web2: host b does not answer"}, true},
+        {HEAD("done", "100", "8", "0", "1", "0", "0", "0", "1", "0") ITEM("web1", "resume", "", "a", "done", "100", "1", "0", "null",
+             "1", "0", "1", "", "") "],\"ok\":true}", {"1 VM came back in 8.00 s, 1 B sent"}, true},
     };
 
     (void)state;
     for (size_t i = 0; i < LB_ARRAY_LEN(ends); i++) {
         struct replay r;
 
-        begin(&r, true, 150, 24);
+        begin_as(&r, ends[i].returning, true, 150, 24);
         event(&r, story[0]);
         result(&r, ends[i].result);
         for (size_t k = 0; k < 3 && ends[i].line[k]; k++)
