@@ -189,6 +189,8 @@ install: all
 	install -m 644 cmd/daemon/*.8 $(DESTDIR)$(MANDIR)/man8
 	install -m 644 cmd/daemon/*.service $(DESTDIR)$(UNITDIR)
 	sed -i 's,/usr/local/sbin,$(BINDIR),' $(DESTDIR)$(UNITDIR)/lifeboatd.service $(DESTDIR)$(UNITDIR)/lifeboat-suspend.service
+	for u in session-.scope machine-.scope user@.service; do \
+		install -D -m 644 cmd/daemon/stops-after-suspend.conf $(DESTDIR)$(UNITDIR)/$$u.d/lifeboat.conf; done
 	install -m 644 cmd/cli/lifeboat.bash-completion $(DESTDIR)$(COMPDIR)/lifeboat
 
 format:

@@ -271,3 +271,53 @@ int64_t lb_host_meminfo(const char *key)
     }
     return -1;
 }
+
+/* ------------------------------------------------------------------ systemd */
+
+/* Lines are ID:CONTROLLERS:PATH; systemd's own is that of name=systemd, or the only one (controllers empty). */
+char *lb_host_unit_of(const char *text)
+{
+    for (const char *line = text, *end; *line; line = *end ? end + 1 : end) {
+        end = strchrnul(line, '\n');
+        const char *c = memchr(line, ':', (size_t)(end - line));
+        if (!c || (strncmp(c, "::/", 3) && strncmp(c, ":name=systemd:/", 15)))
+            continue;
+        for (const char *p = memchr(c, '/', (size_t)(end - c)), *next; p; p = next) {
+            p++;
+            next = memchr(p, '/', (size_t)(end - p));
+            size_t len = (size_t)((next ? next : end) - p);
+            if ((len > 8 && !memcmp(p + len - 8, ".service", 8)) || (len > 6 && !memcmp(p + len - 6, ".scope", 6)))
+                return lb_asprintf("%.*s", (int)len, p);
+        }
+    }
+    return NULL;
+}
+
+/* Output of systemctl; "" when it fails. Caller frees. */
+static char *systemctl(const char *a, const char *b, const char *c, const char *d)
+{
+    const char *const argv[] = {"systemctl", a, b, c, d, NULL};
+    char *out = NULL;
+    return lb_host_run(argv, RUN_TIMEOUT_MS, &out, NULL) < 0 ? lb_strdup("") : out;
+}
+
+bool lb_host_stops_early(pid_t pid, const char *unit, char **its)
+{
+    LB_AUTO_FREE char *path = lb_asprintf("/proc/%d/cgroup", (int)pid);
+    LB_AUTO_FREE char *text = NULL;
+    size_t len;
+    *its = NULL;
+    if (access("/run/systemd/system", F_OK) < 0 || lb_file_read(path, 65536, &text, &len, NULL) < 0)
+        return false;
+    LB_AUTO_FREE char *enabled = systemctl("is-enabled", unit, NULL, NULL);
+    char *own = strncmp(enabled, "enabled", 7) ? NULL : lb_host_unit_of(text);
+    if (!own)
+        return false;
+    LB_AUTO_FREE char *before = systemctl("show", "--property=Before", "--value", own);
+    if (strstr(before, unit)) {
+        free(own);
+        return false;
+    }
+    *its = own;
+    return true;
+}

@@ -21,6 +21,11 @@ bool lb_host_unix_served(const char *path);
 int lb_host_tap_free(const char *name);
 /* Does any other open file hold a byte-range lock on path? 1, 0, or -1 cannot tell. */
 int lb_host_locked(const char *path);
+/* The systemd unit of the system (not a user's) in /proc/PID/cgroup as `text` has it. Caller frees; NULL: none. */
+char *lb_host_unit_of(const char *text);
+/* Does systemd, when this host goes down, stop the process at a time of its own, and not after `unit`? *its: what it
+ * belongs to, caller frees. False also when unit is not enabled, or systemd does not run here. */
+bool lb_host_stops_early(pid_t pid, const char *unit, char **its);
 /* A value of /proc/meminfo in bytes; -1 when absent. */
 int64_t lb_host_meminfo(const char *key);
 

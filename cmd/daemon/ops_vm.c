@@ -244,6 +244,20 @@ static int check_not_registered(struct daemon *d, const struct lb_proc_id *p, st
     return 0;
 }
 
+/* It would be gone when `suspend --all` comes to it. */
+static void warn_unit(const struct lb_vm_entry *e, json_t *damages)
+{
+    static const char *const suspends = "lifeboat-suspend.service";
+    char *its;
+
+    if (!lb_host_stops_early(e->proc.pid, suspends, &its))
+        return;
+    LB_AUTO_FREE char *text = lb_asprintf("its process belongs to %s, which systemd may stop before %s has suspended the VM "
+                                          "when this host goes down: give that unit `Before=%s`", its, suspends, suspends);
+    json_array_append_new(damages, lb_json_text(text));
+    free(its);
+}
+
 static char *op_adopt(struct daemon *d, const Lb__RpcAdopt *r, struct lb_error *err)
 {
     struct lb_vm_entry e = {.hypervisor = "qemu", .origin = "adopted", .state = LB_VM_RUNNING};
@@ -279,6 +293,7 @@ static char *op_adopt(struct daemon *d, const Lb__RpcAdopt *r, struct lb_error *
         for (char **b = desc.blockers; b && *b; b++)
             json_array_append_new(warnings, lb_json_text(*b));
         lb_vm_warn_images(d, e.name, &desc, damages);
+        warn_unit(&e, damages);
         json = entry_result(&e, warnings, damages);
         json_decref(warnings);
         json_decref(damages);

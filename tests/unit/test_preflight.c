@@ -765,6 +765,30 @@ static void test_report(void **s)
     free(text);
 }
 
+static void test_unit_of(void **s)
+{
+    static const struct {
+        const char *cgroup, *unit;
+    } cases[] = {
+        {"0::/system.slice/lifeboatd.service\n", "lifeboatd.service"},
+        {"0::/user.slice/user-0.slice/session-12.scope\n", "session-12.scope"},
+        {"0::/user.slice/user-1000.slice/user@1000.service/app.slice/vm.service\n", "user@1000.service"},
+        {"0::/machine.slice/machine-qemu\\x2d1\\x2dweb.scope/libvirt/emulator", "machine-qemu\\x2d1\\x2dweb.scope"},
+        {"9:name=systemd:/system.slice/a.service\n8:cpu:/b.service\n0::/c.service\n", "a.service"},
+        {"8:cpu:/b.service\n9:name=systemd:/system.slice/a.service\n", "a.service"},
+        {"0::/\n", NULL}, {"0::/x.slice/.service/y\n", NULL}, {"0::/init.scope", "init.scope"},
+        {"8:cpu:/b.service\n", NULL}, {"", NULL}, {"nonsense", NULL}, {":\n::", NULL},
+    };
+    (void)s;
+    for (size_t i = 0; i < LB_ARRAY_LEN(cases); i++) {
+        LB_AUTO_FREE char *unit = lb_host_unit_of(cases[i].cgroup);
+        if (cases[i].unit)
+            assert_string_equal(unit, cases[i].unit);
+        else
+            assert_null(unit);
+    }
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void)
@@ -774,7 +798,7 @@ int main(void)
         cmocka_unit_test(test_scan_proxmox), cmocka_unit_test(test_scan_nonsense),
         T(test_all_good), T(test_emulator), T(test_run_deadline), T(test_resources), T(test_files),
         T(test_other_user), T(test_disk_lock), T(test_copied_disk), T(test_overlay), T(test_sockets), T(test_ports), T(test_taps),
-        cmocka_unit_test(test_real_taps),         T(test_others), T(test_maintenance), cmocka_unit_test(test_features), cmocka_unit_test(test_report),
+        cmocka_unit_test(test_real_taps),         T(test_others), T(test_maintenance), cmocka_unit_test(test_features), cmocka_unit_test(test_report), cmocka_unit_test(test_unit_of),
     };
     return cmocka_run_group_tests_name("preflight", tests, NULL, NULL);
 }
