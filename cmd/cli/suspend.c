@@ -86,6 +86,14 @@ static void show_all(const json_t *o)
            json_array_size(json_object_get(o, "failed")), json_array_size(json_object_get(o, "left")));
 }
 
+/* The kind of the first failure. What was left alone is none: it was not to be touched. */
+static int judge_all(const json_t *o)
+{
+    const json_t *first = json_array_get(json_object_get(o, "failed"), 0);
+
+    return first ? lb_errcode_exit((enum lb_errcode)lb_jint(first, "code")) : 0;
+}
+
 /* ------------------------------------------------------------------------- suspend */
 
 static void show_suspend(const json_t *o)
@@ -123,6 +131,7 @@ static int run_suspend(struct lb_cli *cli, int argc, char **argv)
     if (a.all) {
         r.kind_case = LB__RPC_REQUEST__KIND_SUSPEND_ALL;
         r.suspend_all = &all;
+        a.work.watch.judge = judge_all;
         return lb_watch(&a.work.watch, &r, show_all, on_vm);
     }
     a.work.watch.vm = a.name;
@@ -159,10 +168,12 @@ static int run_resume(struct lb_cli *cli, int argc, char **argv)
     if (a.all && !has_key(&a)) {
         r.kind_case = LB__RPC_REQUEST__KIND_RESUME_ALL;
         r.resume_all = &all;
+        a.work.watch.judge = judge_all;
         return lb_watch(&a.work.watch, &r, show_all, on_vm);
     }
     if (a.all) {
         r.kind_case = LB__RPC_REQUEST__KIND_FILL_KEY;
+        a.work.watch.judge = judge_all;
         return lb_work_run(&a.work, false, &r, &r.fill_key, show_all, on_vm);
     }
     a.work.watch.vm = a.name;

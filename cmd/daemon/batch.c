@@ -155,6 +155,7 @@ static json_t *problem_json(const char *vm, const struct lb_error *e)
     json_t *o = json_object();
 
     json_object_set_new(o, "vm", lb_json_text(vm));
+    json_object_set_new(o, "code", json_integer(e->code));
     json_object_set_new(o, "message", lb_json_text(e->message));
     json_object_set_new(o, "remedy", lb_json_text(e->remedy));
     return o;

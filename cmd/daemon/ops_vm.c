@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/un.h>
 
+#include "core/host.h"
 #include "core/hv.h"
 #include "core/qemu/qemu.h"
 #include "remus/remus.h"

@@ -39,7 +39,7 @@ struct lb_qmp;
 
 /* Connect and negotiate. pidfd watches QEMU (borrowed), expect_pid is who must
  * be at the other end. retry_until_ns: keep trying to connect while the socket
- * is not there yet (0: once). */
+ * is not there yet (0: once), and wait for the greeting for at least as long. */
 int lb_qmp_open(const char *path, pid_t expect_pid, int pidfd, uint64_t retry_until_ns,
                 struct lb_qmp **out, struct lb_error *err);
 void lb_qmp_close(struct lb_qmp *q);

@@ -34,8 +34,8 @@
 
 /* A reply longer than this is not one (info mtree of large machines: 1 MiB). */
 #define RX_MAX (64u << 20)
-/* A monitor that somebody else uses accepts us and stays silent. */
-#define GREETING_MS 500
+/* A monitor that somebody else uses accepts us and stays silent; so does a QEMU that has no time just now. */
+#define GREETING_MS 2000
 #define HMP "human-monitor-command"
 
 struct lb_qmp {
@@ -405,11 +405,10 @@ static int check_peer(int fd, const char *path, pid_t expect, struct lb_error *e
     return lb_remedy(err, "give --qmp of a monitor that process %d opened itself", (int)expect);
 }
 
-static int negotiate(struct lb_qmp *q, struct lb_error *err)
+static int negotiate(struct lb_qmp *q, uint64_t greeting_until_ns, struct lb_error *err)
 {
     struct lb_error why = LB_ERROR_INIT;
-    json_t *hello = read_object(q, lb_now_ns() + GREETING_MS * UINT64_C(1000000), "the greeting",
-                                false, &why);
+    json_t *hello = read_object(q, greeting_until_ns, "the greeting", false, &why);
     if (!hello) {
         if (lb_qemu_dead(q->pidfd))
             return fail_dead(err, "the greeting");
@@ -458,7 +457,9 @@ int lb_qmp_open(const char *path, pid_t expect_pid, int pidfd, uint64_t retry_un
     q->path = lb_strdup(path);
     q->rx_cap = 16384;
     q->rx = lb_alloc(q->rx_cap);
-    if (check_peer(fd, path, expect_pid, err) < 0 || negotiate(q, err) < 0) {
+    /* QEMU listens early in its start and answers at the end of it. */
+    uint64_t greeting_until_ns = LB_MAX(retry_until_ns, lb_now_ns() + GREETING_MS * UINT64_C(1000000));
+    if (check_peer(fd, path, expect_pid, err) < 0 || negotiate(q, greeting_until_ns, err) < 0) {
         lb_qmp_close(q);
         return -1;
     }
