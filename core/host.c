@@ -296,7 +296,7 @@ char *lb_host_unit_of(const char *text)
 /* Output of systemctl; "" when it fails. Caller frees. */
 static char *systemctl(const char *a, const char *b, const char *c, const char *d)
 {
-    const char *const argv[] = {"systemctl", a, b, c, d, NULL};
+    const char *const argv[] = {"/usr/bin/systemctl", a, b, c, d, NULL};
     char *out = NULL;
     return lb_host_run(argv, RUN_TIMEOUT_MS, &out, NULL) < 0 ? lb_strdup("") : out;
 }
