@@ -118,8 +118,7 @@ struct lb_evac_item *lb_evac_find(const struct lb_evac *e, const char *vm, enum 
     return NULL;
 }
 
-/* The one that is about where the VM runs, not about its backup. */
-static struct lb_evac_item *mover(const struct lb_evac *e, const char *vm)
+struct lb_evac_item *lb_evac_mover(const struct lb_evac *e, const char *vm)
 {
     for (unsigned i = 0; i < e->n_items; i++)
         if (e->items[i].kind != LB_EVAC_BACKUP && !strcmp(e->items[i].vm, vm))
@@ -143,6 +142,22 @@ bool lb_evac_may_throttle(const struct lb_evac *e, const struct lb_evac_item *it
 bool lb_evac_may_pause(const struct lb_evac *e, const struct lb_evac_item *it)
 {
     return it->suspended || (it->last_resort && e->opts.hot == LB_PLAN_SUSPEND);
+}
+
+char **lb_evac_excluded(const struct lb_evac *e)
+{
+    char **out = NULL;
+    size_t n = 0;
+
+    for (unsigned i = 0; i < e->n_items; i++)
+        for (char **p = e->items[i].excluded; p && *p; p++) {
+            out = lb_realloc(out, (n + 2) * sizeof(*out));
+            out[n++] = lb_asprintf("%s\t%s", e->items[i].vm, *p);
+        }
+    if (!out)
+        out = lb_alloc(sizeof(*out));
+    out[n] = NULL;
+    return out;
 }
 
 static struct lb_evac_host *host_of(const struct lb_evac *e, const char *name)
@@ -245,7 +260,7 @@ static bool valid_plan(const json_t *plan)
 /* The item that a step or a stay is about. NULL: a new plan does not matter to it any more. */
 static struct lb_evac_item *item_for(struct lb_evac *e, const char *vm, bool backup, enum lb_evac_kind kind)
 {
-    struct lb_evac_item *it = backup ? lb_evac_find(e, vm, LB_EVAC_BACKUP) : mover(e, vm);
+    struct lb_evac_item *it = backup ? lb_evac_find(e, vm, LB_EVAC_BACKUP) : lb_evac_mover(e, vm);
 
     if (!it)
         it = lb_evac_add(e, vm, kind);
@@ -793,7 +808,7 @@ static bool has_slot(const struct lb_evac *e, const struct lb_evac_item *it)
  * elsewhere. */
 static bool move_is_over(struct lb_evac *e, struct lb_evac_item *it, uint64_t now)
 {
-    const struct lb_evac_item *m = it->kind == LB_EVAC_BACKUP ? mover(e, it->vm) : NULL;
+    const struct lb_evac_item *m = it->kind == LB_EVAC_BACKUP ? lb_evac_mover(e, it->vm) : NULL;
 
     if (!m)
         return true;

@@ -206,6 +206,8 @@ void lb_evac_leave(struct lb_evac *e, struct lb_evac_item *it, const char *messa
 
 /* NULL: none. */
 struct lb_evac_item *lb_evac_find(const struct lb_evac *e, const char *vm, enum lb_evac_kind kind);
+/* The one that is about where the VM runs, not about its backup. */
+struct lb_evac_item *lb_evac_mover(const struct lb_evac *e, const char *vm);
 /* The one of the VM that is at work, or unsettled. */
 struct lb_evac_item *lb_evac_active(const struct lb_evac *e, const char *vm);
 bool lb_evac_over(const struct lb_evac *e);

@@ -43,6 +43,14 @@ static void show(const json_t *o)
                                    ? lb_jstr(json_object_get(e, "fill"), "problem") : lb_jstr(e, "note"));
     }
     lb_table_print(t);
+    e = json_object_get(o, "host");
+    if (json_is_true(json_object_get(e, "maintenance"))) {
+        fputs("this host is in maintenance and takes no VMs", stdout);
+        if (lb_jstr(e, "reason")[0])
+            fputs(": ", stdout);
+        lb_print_text(stdout, lb_jstr(e, "reason"));
+        putchar('\n');
+    }
 }
 
 static int run(struct lb_cli *cli, int argc, char **argv)

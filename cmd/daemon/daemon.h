@@ -9,6 +9,7 @@
  *   sessions.c     session processes: start, connection, routing, end
  *   protect.c      protections: requests, whom to try next and when, what they say of themselves
  *   checkpoint.c   checkpoints: requests, schedules, fills; batch.c all VMs at once; what is said of them
+ *   evacuate.c     emptying this host, maintenance mode
  *   ckpt.c         keys, this host's configuration, JSON of checkpoints
  *   directory.c    this host in the directory of hosts
  *   peers.c        the listening port: preambles, routing of bulk connections
@@ -54,9 +55,11 @@ struct daemon_options {
 };
 
 #define LB_BATCH_NAME "*" /* no VM's */
+#define LB_EVAC_NAME "*evacuation"
 
 struct batch;
 struct client;
+struct evacuation;
 struct directory;
 struct peer;
 struct worker;
@@ -69,6 +72,8 @@ enum lb_wait {
     LB_WAIT_OFF,       /* `unprotect`, or the `stop` of a protected VM */
     LB_WAIT_HERE,      /* `failover`: the VM runs on this host */
     LB_WAIT_BATCH,     /* `suspend --all` and the like; the VM's name is LB_BATCH_NAME */
+    LB_WAIT_PLAN,      /* what an evacuation would do; LB_EVAC_NAME */
+    LB_WAIT_EVACUATED, /* it has come to rest, or what was brought back has; LB_EVAC_NAME */
 };
 
 /* One session process, as the supervisor sees it. */
@@ -114,6 +119,7 @@ struct daemon {
     LIST_HEAD(, ward) wards;
     unsigned n_clients, n_workers, n_unauthenticated, n_parked, n_in;
     struct batch *batch;    /* NULL: none */
+    struct evacuation *evacuation; /* NULL: nobody has asked yet */
     struct directory *directory; /* NULL: none configured */
     uint64_t last_prune_ms, last_orphans_ns;
 };
@@ -256,6 +262,17 @@ void lb_batch_ended(struct session *s);
 
 /* ---- directory.c: from now on this host is in the directory of hosts, if one is configured */
 int lb_directory_start(struct daemon *d, struct lb_error *err);
+
+/* ---- evacuate.c. Requests; they answer the client or make it wait. */
+void lb_op_evacuate(struct daemon *d, struct client *c, const Lb__RpcEvacuate *r);
+void lb_op_maintenance(struct daemon *d, struct client *c, const Lb__RpcMaintenance *r);
+/* As `maintenance status`. */
+json_t *lb_maintenance_status(struct daemon *d);
+/* From sessions.c: a session said something; is gone (s is still complete). */
+void lb_evac_heard(struct session *s, const char *kind, const char *text);
+void lb_evac_session_over(struct session *s);
+/* At start: one that an earlier supervisor did not end goes on. */
+void lb_evac_resume(struct daemon *d);
 
 /* ---- peers.c */
 int lb_peers_start(struct daemon *d, const char *listen, struct lb_error *err);

@@ -75,6 +75,7 @@ char *lb_op_ls(struct daemon *d, struct lb_error *err)
         json_array_append_new(list, e);
     }
     json_object_set_new(o, "vms", list);
+    json_object_set_new(o, "host", lb_maintenance_status(d));
     return lb_json_dump(o);
 }
 

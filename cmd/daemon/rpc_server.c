@@ -501,6 +501,12 @@ static bool dispatch(struct client *c, const Lb__RpcRequest *r)
     case LB__RPC_REQUEST__KIND_FILL_KEY:
         lb_op_batch(d, c, r);
         return false;
+    case LB__RPC_REQUEST__KIND_EVACUATE:
+        lb_op_evacuate(d, c, r->evacuate);
+        return false;
+    case LB__RPC_REQUEST__KIND_MAINTENANCE:
+        lb_op_maintenance(d, c, r->maintenance);
+        return false;
     case LB__RPC_REQUEST__KIND_STOP:
         return stop_protected(c, r) ? false : to_worker(c, r);
     case LB__RPC_REQUEST__KIND_RELEASE:

@@ -99,6 +99,7 @@ static void finish(struct session *s)
     lb_log(LB_LOG_DEBUG, "session %s role=%s vm=%s ended", s->id, s->role, s->vm);
     lb_protect_ended(s);
     lb_ckpt_ended(s);
+    lb_evac_session_over(s);
     /* A recovery that decided nothing is tried again by its timer, not at once. */
     undecided = (!strcmp(s->role, "recover") || !strcmp(s->role, "fill")) && s->error.code;
     session_free(s);
@@ -331,6 +332,7 @@ static void event_of(struct session *s, const char *text)
         if (!strcmp(s->role, "protect"))
             lb_clients_tell(s->d, s->vm, text);
         lb_ckpt_event(s, kind, o, text);
+        lb_evac_heard(s, kind, text);
     }
     json_decref(o);
 }

@@ -319,6 +319,7 @@ static int start(struct daemon *d, struct lb_error *err)
     /* Sessions of an earlier supervisor hold the locks of their VMs, so that the first
      * scan leaves them alone whether they reconnected or not. */
     on_scan(-1, 0, d);
+    lb_evac_resume(d);
     return 0;
 }
 
