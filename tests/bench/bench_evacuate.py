@@ -38,7 +38,7 @@ def fill(port, vms):
         memory_mb, words = KINDS[i % len(KINDS)]
         port.run_tiny("a", "t%03d" % i, words, memory_mb=memory_mb)
     for i in range(linux):
-        port.run_linux("a", "linux%d" % i, i, "dirty=2:24:mixed")
+        port.run_linux("a", "linux%d" % i, i, "calm dirty=1:24:mixed")
     port.wait_all(300)
     return port.names()
 

@@ -52,6 +52,7 @@
 #define DISK_THREADS 2u
 #define VERIFY_IDLE_PAGES_PER_SECOND 4000u
 #define VERIFY_BUSY_PAGES_PER_SECOND 20000u
+#define CALM 10u /* so many times as seldom */
 
 enum body_kind { BODY_RANDOM, BODY_COMPRESSIBLE, BODY_MIXED };
 
@@ -70,6 +71,7 @@ static pthread_mutex_t g_stripes[STRIPES];
 static _Atomic uint64_t g_pages_written, g_pages_verified, g_bad_pages, g_verify_passes;
 static _Atomic uint64_t g_disk_written, g_disk_verified, g_disk_bad, g_disk_errors;
 static _Atomic uint64_t g_clock_steps, g_tick_max_ns, g_tick_late, g_udp_sent, g_udp_errors, g_spun;
+static _Atomic uint64_t g_seldom = 1; /* CALM: writes and verifies for little processor time */
 static _Atomic int g_ready; /* 1 once every page was stamped (or there is no memory work) */
 
 static pthread_mutex_t g_first_bad_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -311,18 +313,18 @@ static void *memory_writer(void *arg)
     if (g_write_pages_per_second == 0) {
         return NULL;
     }
-    uint64_t start_ns = now_ns(CLOCK_MONOTONIC), tick = 0, done = 0, pick = g_nonce;
+    uint64_t start_ns = now_ns(CLOCK_MONOTONIC), tick = 0, done = 0, pick = g_nonce, tick_ns = TICK_NS * atomic_load(&g_seldom);
     for (;;) {
         tick++;
-        sleep_until_ns(start_ns + tick * TICK_NS);
+        sleep_until_ns(start_ns + tick * tick_ns);
         uint64_t elapsed_ns = now_ns(CLOCK_MONOTONIC) - start_ns;
         /* Too slow a machine writes at its own speed: forget the debt instead of starving everything else. */
-        if (elapsed_ns > tick * TICK_NS + NSEC) {
+        if (elapsed_ns > tick * tick_ns + NSEC) {
             start_ns = now_ns(CLOCK_MONOTONIC);
             tick = done = 0;
             continue;
         }
-        uint64_t due = tick * TICK_NS / 1000 * g_write_pages_per_second / 1000000;
+        uint64_t due = tick * tick_ns / 1000 * g_write_pages_per_second / 1000000;
         for (; done < due; done++) {
             pick += 0x9e3779b97f4a7c15ull;
             memory_write((uint64_t)(((unsigned __int128)mix64(pick) * g_page_count) >> 64));
@@ -333,15 +335,16 @@ static void *memory_writer(void *arg)
 
 static void *memory_verifier(void *arg)
 {
-    uint64_t per_tick, index = 0;
+    uint64_t per_tick, seldom, index = 0;
 
     (void)arg;
     while (!atomic_load(&g_ready)) {
         usleep(20000);
     }
-    per_tick = (g_write_pages_per_second ? VERIFY_BUSY_PAGES_PER_SECOND : VERIFY_IDLE_PAGES_PER_SECOND) / 100;
+    seldom = atomic_load(&g_seldom);
+    per_tick = (g_write_pages_per_second && seldom == 1 ? VERIFY_BUSY_PAGES_PER_SECOND : VERIFY_IDLE_PAGES_PER_SECOND) / 100;
     for (;;) {
-        usleep(10000);
+        usleep((useconds_t)(10000 * seldom));
         for (uint64_t i = 0; i < per_tick; i++) {
             memory_verify(index);
             if (++index == g_page_count) {
@@ -735,6 +738,8 @@ int main(int argc, char **argv)
             disk_start(word + 8);
         } else if (strncmp(word, "lb.udp=", 7) == 0) {
             udp_start(word + 7);
+        } else if (strcmp(word, "lb.calm") == 0) {
+            atomic_store(&g_seldom, CALM);
         } else if (strcmp(word, "lb.clock") == 0) {
             start_thread(clock_run, NULL, 40);
         } else if (strcmp(word, "lb.spin") == 0) {
