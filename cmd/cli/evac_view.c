@@ -9,6 +9,7 @@
 #define BAR_WIDE 20u          /* on a terminal of WIDE columns or more */
 #define BAR_NARROW 8u
 #define WIDE 90u
+#define ECHOED 2u             /* "^C" is written behind the last line by the terminal itself, and must not wrap it */
 #define WHOLE_EVERY_S 10.0    /* without a terminal */
 #define ETA_MAX_S 864000      /* a rate that is hardly measured yet makes years of it */
 
@@ -322,7 +323,7 @@ static void draw(struct lb_evac_view *v, const json_t *ev, const char *lines, un
     fclose(m);
     m = open_memstream(&live, &n);
     print_all_active(v, m, v->cols, rows);
-    print_cut(m, whole, v->cols - 1);
+    print_cut(m, whole, v->cols - 1 - ECHOED);
     fclose(m);
     live[n - 1] = '\0'; /* the cursor stays behind the last line */
     if (lines[0] || !v->drawn || strcmp(v->drawn, live)) {
@@ -497,7 +498,7 @@ void lb_evac_view_result(struct lb_evac_view *v, const json_t *o)
         if (!ok)
             fprintf(v->f, "%u did not; `lifeboat maintenance off --bring-back` tries it again\n", left);
     } else if (ok) {
-        fprintf(v->f, "host %s is empty: %u VM%s left it", v->host[0] ? v->host : "here", done, done == 1 ? "" : "s");
+        fprintf(v->f, "%s%s is empty: %u VM%s left it", v->host[0] ? "host " : "this host", v->host, done, done == 1 ? "" : "s");
         print_sums(v->f, o);
         fputs("it takes no VM until `lifeboat maintenance off`; with --bring-back those that left return\n", v->f);
     } else {

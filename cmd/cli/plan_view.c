@@ -39,8 +39,8 @@ static const char *step_note(const json_t *s)
         return "gets a new backup";
     if (is_kind(s, "suspend"))
         return "suspended to disk here";
-    return lb_jbool(s, "suspended") ? "paused while it is sent: too hot to converge" :
-           lb_jbool(s, "throttled") ? "throttled: too hot to converge" : lb_jbool(s, "alone") ? "alone on its link" : "";
+    return lb_jbool(s, "suspended") ? "too hot: paused while it is sent" :
+           lb_jbool(s, "throttled") ? "too hot: throttled" : lb_jbool(s, "alone") ? "alone on its link" : "";
 }
 
 static void print_steps(FILE *f, const json_t *steps)

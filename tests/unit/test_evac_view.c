@@ -387,6 +387,23 @@ static void test_narrower(void **state)
     end(&r);
 }
 
+/* The terminal writes "^C" behind the last line by itself. */
+static void test_interrupted(void **state)
+{
+    struct replay r;
+
+    (void)state;
+    begin(&r, true, 40, 24);
+    event(&r, story[1]);
+    event(&r, story[2]);
+    term_feed("^C");
+    lb_evac_view_wipe(r.view);
+    feed(&r);
+    assert_int_equal(term.n, 1);
+    assert_string_equal(last(0), "");
+    end(&r);
+}
+
 /* A long evacuation of random events: each VM's end is told once, nothing is left on the screen that is not so. */
 static void random_evacuation(unsigned seed)
 {
@@ -552,6 +569,7 @@ int main(void)
         cmocka_unit_test(test_words_of_the_end),
         cmocka_unit_test(test_more_than_fit),
         cmocka_unit_test(test_narrower),
+        cmocka_unit_test(test_interrupted),
         cmocka_unit_test(test_random),
         cmocka_unit_test(test_attached),
         cmocka_unit_test(test_plan),
