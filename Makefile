@@ -10,6 +10,15 @@ endif
 CFLAGS   ?= -O2 -g
 WARN     := -Wall -Wextra -Wshadow -Wvla -Wmissing-prototypes -Wformat=2 $(if $(WERROR),-Werror)
 PKGS     := libevent libevent_pthreads libzstd libsodium libprotobuf-c jansson libxxhash libcrypto libnbd
+# RDMA is built in where its libraries are (RDMA=no: not even there)
+RDMA_PKGS := libibverbs librdmacm
+RDMA     ?= $(shell pkg-config --exists $(RDMA_PKGS) && echo yes)
+ifeq ($(RDMA),yes)
+PKGS     += $(RDMA_PKGS)
+NOT_BUILT := netproto/rdma_none.c
+else
+NOT_BUILT := netproto/rdma_cm.c netproto/rdma_mem.c netproto/transport_rdma.c
+endif
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS   = $(shell pkg-config --libs $(PKGS))
 # SAN=address,undefined or SAN=thread gives a sanitizer build in its own folder
@@ -27,7 +36,7 @@ say       = $(if $(V),,@echo "  $(1)	$(2)")
 PROTOS   := $(wildcard netproto/*.proto)
 GEN_C    := $(PROTOS:%.proto=$(B)/gen/%.pb-c.c)
 GEN_H    := $(PROTOS:%.proto=$(B)/gen/%.pb-c.h)
-LIB_SRC  := $(wildcard core/*.c core/qemu/*.c core/fake/*.c netproto/*.c checkpoint/*.c migrate/*.c remus/*.c)
+LIB_SRC  := $(filter-out $(NOT_BUILT),$(wildcard core/*.c core/qemu/*.c core/fake/*.c netproto/*.c checkpoint/*.c migrate/*.c remus/*.c))
 LIB_OBJ  := $(LIB_SRC:%.c=$(O)/obj/%.o) $(GEN_C:$(B)/gen/%.c=$(O)/obj/gen/%.o)
 CLI_SRC  := $(wildcard cmd/cli/*.c)
 DMN_SRC  := $(wildcard cmd/daemon/*.c)

@@ -67,7 +67,7 @@ struct lb_bulk {
 
     /* any thread, relaxed; written by the sending thread */
     _Atomic uint64_t wire_bytes, raw_pages, zstd_pages, zstd_in_bytes, zstd_out_bytes, zstd_ns,
-        zero_pages;
+        zero_pages, copied_bytes;
 };
 
 static void count(_Atomic uint64_t *c, uint64_t n)
@@ -316,8 +316,14 @@ void lb_bulk_get_stats(const struct lb_bulk *b, struct lb_bulk_stats *out)
         .zstd_ns = LOAD(zstd_ns),
         .zero_pages = LOAD(zero_pages),
         .blocked_ns = LOAD(t->blocked_ns),
+        .copied_bytes = LOAD(copied_bytes) + LOAD(t->copied_bytes),
     };
 #undef LOAD
+}
+
+struct lb_transport *lb_bulk_transport(const struct lb_bulk *b)
+{
+    return b->t;
 }
 
 /* ------------------------------------------------------------------ sending */
@@ -352,6 +358,7 @@ static int put_sealed(struct lb_bulk *b, const struct iovec *iov, unsigned n, st
             take = take >= left ? left : take & ~(size_t)(LB_KEYSTREAM_ALIGN - 1);
             if (lb_aead_update(&b->tx, p, take, b->sbuf + b->s_len, err) < 0)
                 return -1;
+            count(&b->copied_bytes, take);
             b->s_len += take;
             p += take;
             left -= take;
@@ -697,6 +704,7 @@ static int get_payload(struct lb_bulk *b, const struct iovec *iov, unsigned n, s
             take = take >= left ? left : take & ~(size_t)(LB_KEYSTREAM_ALIGN - 1);
             if (lb_aead_update(&b->rx, b->rbuf + b->r_pos, take, dst, err) < 0)
                 return -1;
+            count(&b->copied_bytes, take);
             b->r_pos += take;
             b->rx_done += take;
             dst += take;

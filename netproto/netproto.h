@@ -51,6 +51,7 @@ struct lb_transport_ops {
 struct lb_transport {
     const struct lb_transport_ops *ops;
     _Atomic uint64_t blocked_ns; /* spent in writev waiting for room; relaxed */
+    _Atomic uint64_t copied_bytes; /* by a processor, to or from the network; relaxed */
 };
 /* Connect with a deadline (getaddrinfo, non-blocking connect, TCP_NODELAY, keepalive,
  * TCP_USER_TIMEOUT 20 s). cancel_fd: -1 or an fd whose readability ends the wait. */
@@ -221,8 +222,12 @@ struct lb_bulk_stats { /* since open; monotonic; readable from any thread (relax
     uint64_t zstd_in_bytes, zstd_out_bytes, zstd_ns;
     uint64_t zero_pages;
     uint64_t blocked_ns;     /* time spent waiting for the transport (socket full) */
+    uint64_t copied_bytes;   /* moved by a processor here, both directions: sealed, opened, compressed, to and from
+                                the network (where the kernel does that, what it copies) */
 };
 void lb_bulk_get_stats(const struct lb_bulk *b, struct lb_bulk_stats *out);
+/* What carries it; b's. */
+struct lb_transport *lb_bulk_transport(const struct lb_bulk *b);
 
 /* Send pages. iov[i] holds runs[i].count pages and may be guest RAM that changes
  * meanwhile (a page that changed is in the next round anyway): every byte is

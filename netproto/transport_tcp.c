@@ -116,6 +116,7 @@ static int tcp_writev(struct lb_transport *base, const struct iovec *iov, unsign
                 return -1;
             continue;
         }
+        atomic_fetch_add_explicit(&base->copied_bytes, (uint64_t)put, memory_order_relaxed);
         skip += (size_t)put;
         while (n > 0 && skip >= iov->iov_len) {
             skip -= iov->iov_len;
@@ -134,6 +135,8 @@ static ssize_t tcp_read_some(struct lb_transport *base, void *buf, size_t len,
         if (atomic_load_explicit(&t->aborted, memory_order_relaxed))
             return fail_aborted(err);
         ssize_t got = recv(t->fd, buf, len, MSG_DONTWAIT);
+        if (got > 0)
+            atomic_fetch_add_explicit(&base->copied_bytes, (uint64_t)got, memory_order_relaxed);
         if (got > 0 || (got == 0 && !atomic_load(&t->aborted)))
             return got;
         if (got == 0)

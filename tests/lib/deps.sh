@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 
 build="gcc make pkg-config libc6-dev libevent-dev libzstd-dev libsodium-dev libprotobuf-c-dev
- protobuf-c-compiler libjansson-dev libxxhash-dev libssl-dev libnbd-dev nbdkit-plugin-dev"
+ protobuf-c-compiler libjansson-dev libxxhash-dev libssl-dev libnbd-dev nbdkit-plugin-dev libibverbs-dev librdmacm-dev"
 unit="libcmocka-dev perl"
 guest="bash binutils xz-utils busybox-static qemu-system-x86 qemu-utils nbdkit python3 iproute2 procps"
 check="mandoc etcd-server"
