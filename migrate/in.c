@@ -250,6 +250,7 @@ static int checks(struct in *s, bool *proceed, struct lb_error *err)
     int rc;
 
     lb_preflight_dest(&r->desc, &r->cfg, r->env->state_dir, r->req->hello->wall_ms, &rep);
+    lb_rx_transport(r, &rep);
     rc = lb_rx_decide(r, &rep, proceed, err);
     lb_report_free(&rep);
     return rc;

@@ -27,6 +27,8 @@
 #include "netproto/control.pb-c.h"
 #include "netproto/netproto.h"
 
+/* Of the bulk connections. AUTO: RDMA when both hosts have a device on a common network. */
+enum lb_transport_wish { LB_TRANSPORT_AUTO = 0, LB_TRANSPORT_TCP, LB_TRANSPORT_RDMA };
 enum lb_compress { LB_COMPRESS_AUTO = 0, LB_COMPRESS_OFF, LB_COMPRESS_ZSTD };
 
 /* We always try for a pause that clients do not notice, and use more of what is
@@ -46,6 +48,8 @@ struct lb_migrate_opts {
     bool insecure_plaintext;
     bool allow_throttle;            /* default true: last but one step of the ladder */
     bool wait_go;                   /* set up, report "ready", send nothing before env->go_fd says so */
+    enum lb_transport_wish transport;
+    bool trusted_fabric;            /* with RDMA: pages are written straight into the receiver, in clear */
 };
 
 /* What the outside sees while it works. Numbers are for people and JSON alike;

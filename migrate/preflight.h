@@ -5,7 +5,7 @@
  * remedy, "warn" is told and goes on.  Stable ids (scripts match them):
  *   hypervisor-version machine-type cpu-features memory disks disk-locks name
  *   files sockets ports taps passthrough clock-skew kernel emulator uid blockers config
- *   maintenance
+ *   maintenance transport
  */
 #ifndef LB_PREFLIGHT_H
 #define LB_PREFLIGHT_H

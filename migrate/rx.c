@@ -9,6 +9,7 @@
 #include "netproto/desc_proto.h"
 #include "migrate/migrate_internal.h"
 
+#include <errno.h>
 #include <string.h>
 
 #define TABLE_TIMEOUT_NS UINT64_C(60000000000)
@@ -110,6 +111,14 @@ int lb_rx_listen(struct lb_rx *r, bool (*tap)(const Lb__Control *m, void *arg), 
     return r->ctl ? 0 : lb_fail(err, LB_E_INTERNAL, "cannot start a thread");
 }
 
+void lb_rx_transport(struct lb_rx *r, struct lb_report *rep)
+{
+    struct lb_rdma_addr mine[LB_RDMA_MAX_ADDRS];
+
+    lb_transport_choose(r->req->transport, mine, lb_rdma_addresses(mine, LB_ARRAY_LEN(mine)),
+                        &r->transport, rep);
+}
+
 int lb_rx_decide(struct lb_rx *r, const struct lb_report *rep, bool *proceed, struct lb_error *err)
 {
     bool refused = lb_report_refused(rep);
@@ -208,14 +217,33 @@ int lb_rx_launch(struct lb_rx *r, struct lb_error *err)
     return lb_hv_prepare_ram(r->vm, err);
 }
 
+/* Without, the source takes TCP, or says that it cannot. */
+static void listen_rdma(struct lb_rx *r)
+{
+    struct lb_transport_choice *c = &r->transport;
+    struct lb_error e = LB_ERROR_INIT;
+
+    if (c->rdma && lb_rdma_listen(c->at, c->n, r->req->session_id.data, &r->rdma, &e)) {
+        lb_log_error(LB_LOG_WARN, &e);
+        memset(c, 0, sizeof(*c));
+    }
+}
+
 int lb_rx_ready(struct lb_rx *r, struct lb_error *err)
 {
     Lb__Control m = LB__CONTROL__INIT;
     Lb__Ready ready = LB__READY__INIT;
+    int rc;
 
+    listen_rdma(r);
+    ready.n_rdma = r->transport.n;
+    ready.rdma = lb_rdma_addrs_pack(r->transport.at, r->transport.n);
+    ready.zero_copy = r->transport.zero_copy;
     m.kind_case = LB__CONTROL__KIND_READY;
     m.ready = &ready;
-    return lb_ctl_send(r->chan, &m, err);
+    rc = lb_ctl_send(r->chan, &m, err);
+    lb_rdma_addrs_free(ready.rdma, r->transport.n);
+    return rc;
 }
 
 static const struct lb_ram_block *find_block(struct lb_rx *r, const char *name)
@@ -333,22 +361,37 @@ int lb_rx_map_blocks(struct lb_rx *r, struct lb_error *err)
     return lb_ctl_send(r->chan, &out, err);
 }
 
+/* A connection of either kind, if there is one now; both are asked, the source may have fallen back. */
+static struct lb_transport *any_conn(struct lb_rx *r, unsigned wait_ms)
+{
+    struct lb_error e = LB_ERROR_INIT;
+    struct lb_transport *t = NULL;
+    int fd;
+
+    if (r->rdma && !lb_rdma_accept(r->rdma, wait_ms, &t, &e))
+        return t;
+    if (e.code && e.sys_errno != ETIMEDOUT)
+        lb_log_error(LB_LOG_WARN, &e);
+    fd = r->env->take_conn(r->rdma ? 0 : wait_ms, NULL, r->env->arg);
+    return fd >= 0 ? lb_tcp_from_fd(fd) : NULL;
+}
+
 /* The source may give up while we wait for its connection. */
-static int next_conn(struct lb_rx *r, struct lb_error *err)
+static struct lb_transport *next_conn(struct lb_rx *r, struct lb_error *err)
 {
     uint64_t until = lb_now_ns() + CONN_TIMEOUT_NS;
 
     for (;;) {
-        struct lb_error e = LB_ERROR_INIT;
-        int fd = r->env->take_conn(100, &e, r->env->arg);
+        struct lb_transport *t = any_conn(r, r->rdma ? 10 : 100);
 
-        if (fd >= 0)
-            return fd;
+        if (t)
+            return t;
         if (lb_ctl_queue_ended(r->ctl, err))
-            return -1;
+            return NULL;
         if (lb_now_ns() > until) {
             lb_fail(err, LB_E_NET, "the source's bulk connection did not come");
-            return lb_remedy(err, "see whether something between the hosts limits connections");
+            lb_remedy(err, "see whether something between the hosts limits connections");
+            return NULL;
         }
     }
 }
@@ -365,13 +408,13 @@ int lb_rx_accept(struct lb_rx *r, unsigned n, struct lb_error *err)
     for (unsigned i = 0; i < n && !rc; i++) {
         struct lb_bulk *b = NULL;
         uint32_t index = 0;
-        int fd = next_conn(r, err);
+        struct lb_transport *t = next_conn(r, err);
 
-        if (fd < 0) {
+        if (!t) {
             rc = -1;
             break;
         }
-        rc = lb_bulk_accept(lb_tcp_from_fd(fd), &k, 10000, &index, &b, err);
+        rc = lb_bulk_accept(t, &k, 10000, &index, &b, err);
         if (!rc && (index >= n || r->conns[index])) {
             lb_bulk_close(b);
             rc = lb_fail(err, LB_E_PROTO, "bulk connection %u of %u came twice or is too many",
@@ -525,6 +568,7 @@ void lb_rx_close(struct lb_rx *r)
     for (unsigned i = 0; i < r->n_conns; i++)
         lb_bulk_close(r->conns[i]);
     free(r->conns);
+    lb_rdma_listener_close(r->rdma);
     lb_ctl_queue_stop(r->ctl);
     lb_hv_detach(r->vm);
     if (r->vm_lock >= 0)

@@ -2,7 +2,7 @@
  * migrate/rx.h - the first half of a destination's session, shared by migration (in.c) and
  * protection (remus/backup.c): from the request to the end of the pre-copy rounds.
  *
- *   open -> lb_preflight_dest ... -> decide -> listen -> register -> launch -> ready -> map_blocks
+ *   open -> lb_preflight_dest ... -> transport -> decide -> listen -> register -> launch -> ready -> map_blocks
  *        -> accept -> start -> receive -> ... -> [discard, when it never ran here] -> close
  *
  * Engine thread. The caller may read every field; it writes only `entry` and `journal`.
@@ -16,6 +16,7 @@
 #include "migrate/migrate.h"
 #include "migrate/preflight.h"
 #include "migrate/receiver.h"
+#include "migrate/transport.h"
 
 #include <pthread.h>
 
@@ -30,6 +31,8 @@ struct lb_rx {
     struct lb_journal journal;        /* of the hand-over, or of the protection (token = its id) */
     int vm_lock;
     bool have_cfg, registered, journalled;
+    struct lb_transport_choice transport;
+    struct lb_rdma_listener *rdma;    /* NULL: TCP only */
     struct lb_ctl_queue *ctl;
     struct lb_hv_vm *vm;
     const struct lb_ram_block *blocks;
@@ -51,6 +54,8 @@ struct lb_rx {
 /* Checks the request, reads the configuration. Whatever it returns, lb_rx_close. Keeps the pointers. */
 int lb_rx_open(struct lb_rx *r, const struct lb_session_env *env, struct lb_chan *chan,
                const char *peer, const Lb__MigrateRequest *req, struct lb_error *err);
+/* What will carry the bulk connections: a line of the report. */
+void lb_rx_transport(struct lb_rx *r, struct lb_report *rep);
 /* Locks the VM's name unless refused or a dry run, and sends the report. */
 int lb_rx_decide(struct lb_rx *r, const struct lb_report *rep, bool *proceed,
                  struct lb_error *err);
@@ -61,6 +66,7 @@ int lb_rx_listen(struct lb_rx *r, bool (*tap)(const Lb__Control *m, void *arg), 
 int lb_rx_register(struct lb_rx *r, enum lb_vm_state state, struct lb_error *err);
 /* The receiver, its CPU features compared, its memory empty. */
 int lb_rx_launch(struct lb_rx *r, struct lb_error *err);
+/* Listens for RDMA connections when that was agreed, and says so. */
 int lb_rx_ready(struct lb_rx *r, struct lb_error *err);
 /* Waits for the source's table of blocks (by ctl), fills map, answers. */
 int lb_rx_map_blocks(struct lb_rx *r, struct lb_error *err);

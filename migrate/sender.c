@@ -20,6 +20,7 @@
 #include "migrate/sender.h"
 
 #include "migrate/tuner.h"
+#include "netproto/rdma.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -300,6 +301,12 @@ static int send_chunk(struct worker *w, unsigned b, uint64_t first, uint64_t cou
     return 0;
 }
 
+/* Over RDMA only who looks finds out that a connection is broken. */
+static int arrived(struct worker *w, struct lb_error *err)
+{
+    return lb_bulk_flush(w->bulk, err) || lb_rdma_drain(lb_bulk_transport(w->bulk), 0, err) ? -1 : 0;
+}
+
 static int run_round(struct worker *w, struct lb_error *err)
 {
     struct lb_sender *s = w->s;
@@ -321,7 +328,7 @@ static int run_round(struct worker *w, struct lb_error *err)
         return -1;
     if (lb_bulk_send_mark(w->bulk, LB_REC_ROUND_END, s->round, NULL, 0, err))
         return -1;
-    return lb_bulk_flush(w->bulk, err);
+    return arrived(w, err);
 }
 
 static void *worker_main(void *p)
@@ -539,7 +546,7 @@ int lb_sender_state(struct lb_sender *s, uint32_t round, const void *buf, size_t
     }
     for (unsigned i = 0; i < s->n_workers; i++)
         if (lb_bulk_send_mark(s->workers[i].bulk, LB_REC_END, round, NULL, 0, err) ||
-            lb_bulk_flush(s->workers[i].bulk, err))
+            arrived(&s->workers[i], err))
             return -1;
     return 0;
 }

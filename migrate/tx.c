@@ -18,6 +18,7 @@
 #include <sys/eventfd.h>
 
 #define SETUP_TIMEOUT_NS UINT64_C(60000000000)
+#define CONNECT_MS 10000u
 
 void lb_tx_init(struct lb_tx *t, const struct lb_session_env *env, const struct lb_host *to,
                 const struct lb_vm_entry *entry, const struct lb_migrate_opts *opts)
@@ -64,6 +65,7 @@ void lb_tx_close(struct lb_tx *t)
         lb_bitmap_free(&t->dirty[b]);
     free(t->dirty);
     lb_vm_desc_free(&t->desc);
+    lb_transport_wish_free(t->wish);
     if (t->have_cfg)
         lb_config_free(&t->cfg);
     sodium_memzero(&t->keys, sizeof(t->keys));
@@ -245,6 +247,7 @@ static int request(struct lb_tx *t, struct lb_error *err)
     r.bulk_secret = (ProtobufCBinaryData){sizeof(t->keys.secret), t->keys.secret};
     r.verify = t->opts->verify;
     r.protect = t->protect;
+    r.transport = t->wish;
     m.kind_case = LB__CONTROL__KIND_MIGRATE_REQUEST;
     m.migrate_request = &r;
     rc = lb_ctl_send(t->chan, &m, err);
@@ -300,6 +303,7 @@ int lb_tx_open(struct lb_tx *t, struct lb_report *mine, struct lb_error *err)
     t->watching = true;
     if (attach_vm(t, mine, err))
         return -1;
+    t->wish = lb_transport_wish(t->opts, mine);
     if (!t->to->address[0]) {
         lb_fail(err, LB_E_USAGE, "host %s has no address", t->to->name);
         return lb_remedy(err, "`lifeboat host trust %s KEY ADDRESS`", t->to->name);
@@ -389,19 +393,59 @@ static int agree_blocks(struct lb_tx *t, struct lb_error *err)
     return rc;
 }
 
+static int connect_tcp(struct lb_tx *t, unsigned index, struct lb_bulk **out, struct lb_error *err)
+{
+    char host[256];
+    uint16_t port;
+
+    lb_host_address(t->to, host, &port);
+    return lb_bulk_connect(host, port, &t->keys, index, CONNECT_MS, t->env->cancel_fd, out, err);
+}
+
+/* By the first of the addresses that answers. */
+static int connect_rdma(struct lb_tx *t, unsigned index, struct lb_bulk **out, struct lb_error *err)
+{
+    struct lb_transport *link = NULL;
+    int rc = -1;
+
+    for (unsigned i = 0; i < t->n_rdma && rc; i++) {
+        rc = lb_rdma_connect(&t->rdma[i], t->keys.session_id, CONNECT_MS, t->env->cancel_fd, &link,
+                             err);
+        if (rc && err && err->code == LB_E_CANCELLED)
+            return -1;
+    }
+    return rc ? -1 : lb_bulk_open(link, true, &t->keys, index, CONNECT_MS, out, err);
+}
+
+/* What was agreed; TCP when that fails and need not be. */
+static int connect_one(struct lb_tx *t, unsigned index, struct lb_bulk **out, struct lb_error *err)
+{
+    struct lb_error e = LB_ERROR_INIT;
+
+    if (t->n_rdma && !connect_rdma(t, index, out, &e))
+        return 0;
+    if (e.code && (t->opts->transport == LB_TRANSPORT_RDMA || e.code == LB_E_CANCELLED)) {
+        if (err)
+            *err = e;
+        return -1;
+    }
+    if (e.code) {
+        lb_context(&e, "no RDMA, TCP instead");
+        lb_log_error(LB_LOG_WARN, &e);
+        t->n_rdma = 0;
+    }
+    return connect_tcp(t, index, out, err);
+}
+
 int lb_tx_connect(struct lb_tx *t, struct lb_bulk **extra, struct lb_error *err)
 {
     struct lb_bulk **conns = lb_alloc(sizeof(struct lb_bulk *) * t->n_threads);
-    char host[256];
-    uint16_t port;
     int rc = 0;
 
-    lb_host_address(t->to, host, &port);
     for (unsigned i = 0; i < t->n_threads && !rc; i++)
-        rc = lb_bulk_connect(host, port, &t->keys, i, 10000, t->env->cancel_fd, &conns[i], err);
+        rc = connect_one(t, i, &conns[i], err);
     if (!rc && extra)
-        rc = lb_bulk_connect(host, port, &t->keys, t->n_threads, 10000, t->env->cancel_fd, extra,
-                             err);
+        rc = connect_one(t, t->n_threads, extra, err);
     if (!rc)
         rc = lb_sender_new(t->vm, t->blocks, t->dirty, t->n_blocks, conns, t->n_threads, t->opts,
                            &t->sender, err);
@@ -425,8 +469,14 @@ int lb_tx_launch(struct lb_tx *t, struct lb_error *err)
     if (lb_ctl_queue_expect(t->ctl, LB__CONTROL__KIND_READY, &m, lb_now_ns() + SETUP_TIMEOUT_NS,
                             err))
         return lb_tx_explain(t, err);
+    t->n_rdma = lb_rdma_addrs_parse(m->ready->rdma, m->ready->n_rdma, t->rdma);
+    t->zero_copy = t->n_rdma && m->ready->zero_copy;
     lb__control__free_unpacked(m, NULL);
     lb_point("src-ready");
+    if (!t->n_rdma && t->opts->transport == LB_TRANSPORT_RDMA) {
+        lb_fail(err, LB_E_NET, "host %s cannot listen for RDMA connections", t->to->name);
+        return lb_remedy(err, "see the log of lifeboatd there, or use --transport auto");
+    }
     return agree_blocks(t, err);
 }
 

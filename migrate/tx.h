@@ -20,6 +20,7 @@
 #include "migrate/migrate.h"
 #include "migrate/preflight.h"
 #include "migrate/sender.h"
+#include "migrate/transport.h"
 
 #define LB_TX_ROUND_TIMEOUT_NS UINT64_C(20000000000) /* placing the last page of a round */
 
@@ -44,6 +45,10 @@ struct lb_tx {
     struct lb_chan *chan;
     struct lb_ctl_queue *ctl;
     struct lb_bulk_keys keys;
+    Lb__TransportWish *wish;          /* as sent */
+    struct lb_rdma_addr rdma[LB_RDMA_MAX_ADDRS]; /* where the destination listens */
+    unsigned n_rdma;                  /* 0: TCP, from the beginning or since a connection failed */
+    bool zero_copy;
     const struct lb_ram_block *blocks;
     unsigned n_blocks, n_threads;
     struct lb_bitmap *dirty;          /* per block: what is to be sent */

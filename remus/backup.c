@@ -103,6 +103,7 @@ static int checks(struct lb_bk *b, bool *proceed, struct lb_error *err)
                          (unsigned)b->spec->n_disks, &rep);
     check_witness(b, &rep);
     check_trust(b, &rep);
+    lb_rx_transport(r, &rep);
     rc = lb_rx_decide(r, &rep, proceed, err);
     lb_report_free(&rep);
     return rc;

@@ -178,6 +178,7 @@ static void init(struct prot *p, const struct lb_remus_env *env, const struct lb
     p->mopts.bandwidth_bytes_per_s = opts->bandwidth_bytes_per_s;
     p->mopts.channels = opts->channels;
     p->mopts.insecure_plaintext = opts->insecure_plaintext;
+    p->mopts.transport = (enum lb_transport_wish)opts->transport;
     p->pauses = lb_alloc(sizeof(*p->pauses));
     p->run_dir = lb_vm_dir(p->base->state_dir, vm->name, true);
     for (unsigned i = 0; i < LB_PROT_SLOTS; i++)

@@ -39,6 +39,7 @@ static const struct lb_sm_state moves[] = {
     [LB_PH_PROMOTED] = {"promoted", LB_SM_TO(LB_PH_PROMOTED)},
 };
 
+static const char *const transports[] = {"auto", "tcp", "rdma"}; /* by enum lb_transport_wish */
 static const char *const disk_modes[] = {
     [LB_DISK_REPLICATE] = "replicate",
     [LB_DISK_NONE] = "none",
@@ -148,6 +149,10 @@ static const char *parse_opts(const json_t *o, struct lb_protect_opts *p)
         return "\"channels\" is missing or wrong";
     if (get_bool(o, "insecure_plaintext", &p->insecure_plaintext))
         return "\"insecure_plaintext\" is missing or wrong";
+    /* not known to the first version */
+    if (json_object_get(o, "transport") &&
+        get_name(o, "transport", transports, LB_ARRAY_LEN(transports), &p->transport))
+        return "\"transport\" is unknown";
     return NULL;
 }
 
@@ -217,6 +222,7 @@ char *lb_wish_json(const struct lb_protect_wish *w)
     json_object_set_new(o, "delta_cache_bytes", json_integer((json_int_t)p->delta_cache_bytes));
     json_object_set_new(o, "channels", json_integer(p->channels));
     json_object_set_new(o, "insecure_plaintext", json_boolean(p->insecure_plaintext));
+    json_object_set_new(o, "transport", json_string(transports[p->transport]));
     for (unsigned i = 0; i < w->n_backups; i++)
         json_array_append_new(backups, lb_json_text(w->backups[i]));
     json_object_set_new(o, "backups", backups);

@@ -47,6 +47,7 @@ struct lb_protect_opts {
     uint64_t delta_cache_bytes;    /* primary's memory for deltas; 0 = a quarter of the guest's */
     uint32_t channels;             /* of the pre-copy rounds; 0 auto */
     bool insecure_plaintext;       /* benchmarks only */
+    uint32_t transport;            /* enum lb_transport_wish (migrate/migrate.h) */
 };
 
 /* protect.json */

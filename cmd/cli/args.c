@@ -73,6 +73,17 @@ uint64_t lb_arg_rate(const char *arg, struct argp_state *state)
     return bytes_per_s;
 }
 
+uint32_t lb_arg_transport(const char *arg, struct argp_state *state)
+{
+    static const char *const names[] = {"auto", "tcp", "rdma"};
+
+    for (uint32_t i = 0; i < LB_ARRAY_LEN(names); i++)
+        if (!strcmp(arg, names[i]))
+            return i;
+    argp_error(state, "--transport takes auto, tcp or rdma");
+    return 0;
+}
+
 int lb_arg_level(const char *arg, struct argp_state *state)
 {
     unsigned long n = 0;

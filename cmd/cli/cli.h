@@ -60,6 +60,7 @@ bool lb_arg_number(const char *s, unsigned long min, unsigned long max, unsigned
 uint64_t lb_arg_duration(const char *arg, uint64_t unit_ms, const char *option,
                          struct argp_state *state);
 uint64_t lb_arg_rate(const char *arg, struct argp_state *state); /* --bandwidth */
+uint32_t lb_arg_transport(const char *arg, struct argp_state *state); /* --transport; enum lb_transport_wish */
 int lb_arg_level(const char *arg, struct argp_state *state);     /* --level, of zstd */
 uint32_t lb_arg_parallel(const char *arg, struct argp_state *state); /* --parallel; 0: auto */
 unsigned lb_arg_hot(const char *arg, struct argp_state *state);  /* --hot: enum lb_plan_hot */

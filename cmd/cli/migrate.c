@@ -186,6 +186,7 @@ int lb_migrate_request(struct lb_cli *cli, const Lb__RpcMigrate *m, bool quiet, 
 enum {
     OPT_BANDWIDTH = 256, OPT_DOWNTIME, OPT_CHANNELS, OPT_COMPRESS, OPT_VERIFY, OPT_TIMEOUT,
     OPT_DRY_RUN, OPT_PLAINTEXT, OPT_NO_THROTTLE, OPT_DETACH, OPT_PROGRESS,
+    OPT_TRANSPORT, OPT_TRUSTED,
 };
 
 struct args {
@@ -245,6 +246,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case OPT_PLAINTEXT:
         a->o->insecure_plaintext = true;
         return 0;
+    case OPT_TRANSPORT:
+        a->o->transport = lb_arg_transport(arg, state);
+        return 0;
+    case OPT_TRUSTED:
+        a->o->trusted_fabric = true;
+        return 0;
     case OPT_NO_THROTTLE:
         a->o->no_throttle = true;
         return 0;
@@ -289,6 +296,10 @@ static int run(struct lb_cli *cli, int argc, char **argv)
          "Give up after this (the VM goes on here): seconds, or with a unit", 0},
         {"dry-run", OPT_DRY_RUN, NULL, 0, "Only check, as `lifeboat preflight`", 0},
         {"no-throttle", OPT_NO_THROTTLE, NULL, 0, "Never slow the guest to let it converge", 0},
+        {"transport", OPT_TRANSPORT, "HOW", 0,
+         "auto (default: RDMA when both hosts have a device on a common network), tcp or rdma", 0},
+        {"trusted-fabric", OPT_TRUSTED, NULL, 0,
+         "With RDMA: write guest memory straight into the other host's, unencrypted", 0},
         {"insecure-plaintext", OPT_PLAINTEXT, NULL, 0,
          "Send guest memory without encryption; for benchmarks only", 0},
         {"quiet", 'q', NULL, 0, "Print nothing but errors", 1},

@@ -290,7 +290,7 @@ static int request(struct view *v, Lb__RpcProtect *m)
 enum {
     OPT_BACKUP = 256, OPT_INTERVAL, OPT_ADAPTIVE, OPT_WITNESS, OPT_FENCE, OPT_MANUAL, OPT_DISK,
     OPT_LEASE, OPT_BANDWIDTH, OPT_DELTA_CACHE, OPT_CHANNELS, OPT_PLAINTEXT, OPT_WAIT, OPT_NO_WAIT,
-    OPT_PROGRESS,
+    OPT_PROGRESS, OPT_TRANSPORT,
 };
 
 #define MAX_BACKUPS 16u /* LB_PROTECT_MAX_BACKUPS */
@@ -380,6 +380,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "--channels takes a number from 1 to 64");
         a->m->channels = (uint32_t)n;
         return 0;
+    case OPT_TRANSPORT:
+        a->m->transport = lb_arg_transport(arg, state);
+        return 0;
     case OPT_PLAINTEXT:
         a->m->insecure_plaintext = true;
         return 0;
@@ -426,6 +429,8 @@ static const struct argp_option options[] = {
     {"delta-cache", OPT_DELTA_CACHE, "SIZE", 0,
      "Memory of this host for sending differences only (default: a quarter of the guest's)", 0},
     {"channels", OPT_CHANNELS, "N", 0, "Connections of the first copy (default: by the processors)", 0},
+    {"transport", OPT_TRANSPORT, "HOW", 0,
+     "auto (default: RDMA when both hosts have a device on a common network), tcp or rdma", 0},
     {"insecure-plaintext", OPT_PLAINTEXT, NULL, 0,
      "Send guest memory without encryption; for benchmarks only", 0},
     {"wait", OPT_WAIT, NULL, 0, "Return when the VM is protected (default)", 2},

@@ -593,6 +593,7 @@ static int fill_options(const Lb__RpcProtect *r, const struct lb_host_config *c,
         .delta_cache_bytes = r->delta_cache_bytes,
         .channels = r->channels ? r->channels : c->channels,
         .insecure_plaintext = r->insecure_plaintext,
+        .transport = r->transport <= LB_TRANSPORT_RDMA ? r->transport : LB_TRANSPORT_AUTO,
     };
     snprintf(o->witness, sizeof(o->witness), "%s", witness);
     return 0;
