@@ -15,57 +15,7 @@ for tool in apt-get dpkg-deb gcc objcopy objdump xz; do
     command -v $tool >/dev/null || fail "$tool is missing: install it first"
 done
 
-# unpack PACKAGE: download it once and unpack it into its own folder, whose name is printed.
-unpack() {
-    local folder=$debs/$1
-    if [ ! -e "$folder/.done" ]; then
-        rm -rf "$folder" && mkdir -p "$folder/deb"
-        (cd "$folder/deb" && apt-get -q -o APT::Sandbox::User= download "$1" >log 2>&1) ||
-            fail "cannot download $1: $(tail -1 "$folder/deb/log") (run apt-get update?)"
-        dpkg-deb -x "$folder"/deb/*.deb "$folder"
-        rm -rf "$folder/deb"
-        touch "$folder/.done"
-    fi
-    echo "$folder"
-}
-
-# The meta package only names the versioned one.
-kernel_package() {
-    local name
-    name=$(apt-cache depends "$1" | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -1)
-    [ -n "$name" ] || fail "$1 names no kernel package (run apt-get update?)"
-    echo "$name"
-}
-
-# modules KERNEL_FOLDER TARGET NAME...: copies the modules and all they need to TARGET/lib/modules, in loading order.
-modules() {
-    local tree=$1/lib/modules target=$2 name file
-    [ -d "$tree" ] || tree=$1/usr/lib/modules # since Debian 13
-    [ -d "$tree" ] || fail "$(basename "$1") has its modules in an unknown place"
-    set -- "$(basename "$1")" "${@:3}"
-    mkdir -p "$target/lib/modules"
-    : >"$target/lib/modules.order"
-    add_module() {
-        local want found plain depend
-        want=$(sed 's/[-_]/[-_]/g' <<<"$1")
-        found=$(find "$tree" \( -name "$want.ko" -o -name "$want.ko.xz" \) -print -quit)
-        [ -n "$found" ] || return 1
-        plain=$(basename "${found%.xz}")
-        ! grep -qx "$plain" "$target/lib/modules.order" || return 0
-        case $found in
-        *.xz) xz -dc "$found" >"$target/lib/modules/$plain" ;;
-        *) cp "$found" "$target/lib/modules/$plain" ;;
-        esac
-        for depend in $(objcopy -O binary -j .modinfo "$target/lib/modules/$plain" /dev/stdout |
-            tr '\0' '\n' | sed -n 's/^depends=//p' | tr ',' ' '); do
-            add_module "$depend" || fail "$plain needs $depend, which the kernel package lacks"
-        done
-        echo "$plain" >>"$target/lib/modules.order"
-    }
-    for name in "${@:2}"; do
-        add_module "$name" || echo "  $1 has no module $name (built in, or not offered)"
-    done
-}
+. "$here/../lib/kernel.sh"
 
 # libraries ROOT PROGRAM: copies the shared libraries PROGRAM needs, from the unpacked packages, else from this machine.
 libraries() {
@@ -109,7 +59,8 @@ if [ ! -e "$out/lbguest" ] || [ "$here/lbguest.c" -nt "$out/lbguest" ]; then
     gcc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -static -pthread -o "$out/lbguest" "$here/lbguest.c"
 fi
 newer() { # newer IMAGE: true when IMAGE is there and no source changed since
-    [ -e "$1" ] && ! [ "$out/lbguest" -nt "$1" ] && ! [ "$here/init" -nt "$1" ] && ! [ "$here/build.sh" -nt "$1" ]
+    [ -e "$1" ] && ! [ "$out/lbguest" -nt "$1" ] && ! [ "$here/init" -nt "$1" ] && ! [ "$here/build.sh" -nt "$1" ] &&
+        ! [ "$here/../lib/kernel.sh" -nt "$1" ]
 }
 if newer "$out/initrd.img" && newer "$out/initrd-small.img" && newer "$out/initrd-full.img" && [ -e "$out/vmlinuz" ] && [ -e "$out/vmlinuz-full" ]; then
     exit 0
