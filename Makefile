@@ -97,12 +97,14 @@ GUEST    := $(B)/guest/initrd.img
 TINY     := $(B)/guest/tiny.elf
 TRIXIE   := $(B)/trixie/qemu-system-x86_64
 VECTORS  := $(B)/vectors/noise.txt
+RDMA     := $(B)/rdma/initrd.img
 UNIT_T   := $(wildcard tests/unit/*.t)
 E2E_T    := $(wildcard tests/e2e/*.t)
 PROVE    := prove --timer --merge --failures --comments --exec tests/lib/tap.sh
 export LB_BUILD := $(CURDIR)/$(O)
 export LIFEBOAT_PLUGIN_DIR := $(CURDIR)/$(O)
 export LB_GUEST := $(CURDIR)/$(B)/guest
+export LB_RDMA := $(CURDIR)/$(B)/rdma
 export CMOCKA_MESSAGE_OUTPUT := TAP
 export PYTHONDONTWRITEBYTECODE := 1
 export ASAN_OPTIONS := allocator_may_return_null=1:detect_leaks=1
@@ -110,7 +112,7 @@ export TSAN_OPTIONS := allocator_may_return_null=1
 
 deps-%:
 	$(Q)tests/lib/deps.sh $*
-$(GUEST): tests/guest/build.sh tests/guest/init tests/guest/lbguest.c
+$(GUEST): tests/guest/build.sh tests/guest/init tests/guest/lbguest.c tests/lib/kernel.sh
 	$(call say,GUEST,$@)
 	$(Q)tests/guest/build.sh $(B)/guest && touch $@
 $(TINY): tests/guest/tiny.c tests/guest/tiny_start.S tests/guest/tiny.ld
@@ -123,6 +125,10 @@ $(TRIXIE): tests/trixie/build.sh
 $(VECTORS): tests/unit/noise_vectors.sh
 	$(call say,VECTORS,$@)
 	$(Q)tests/unit/noise_vectors.sh $(B)/vectors && touch $@
+
+$(RDMA): tests/rdma/build.sh tests/rdma/init tests/lib/kernel.sh | $(GUEST)
+	$(call say,MACHINE,$@)
+	$(Q)tests/rdma/build.sh $(B)/guest $(B)/rdma && touch $@
 
 unit: $(UNIT_BIN)
 integration: $(INTG_BIN)
@@ -151,6 +157,12 @@ check-san:
 	$(Q)$(MAKE) --no-print-directory SAN=$(or $(SAN),address$(comma)undefined) CFLAGS="-O1 -g" check-san-run
 check-san-run: unit integration $(VECTORS)
 	$(Q)$(PROVE) -j2 $(UNIT_BIN) $(addprefix $(O)/tests/integration/,test_migrate_fake test_ckpt_fake test_ckpt_restore_fake)
+
+# RDMA between two machines: real ones where there is a device, else virtual ones with soft-RoCE
+check-rdma: deps-rdma
+	$(Q)$(MAKE) --no-print-directory check-rdma-run
+check-rdma-run: all $(GUEST) $(RDMA)
+	$(Q)$(PROVE) tests/rdma/*.t
 
 demo: deps-demo
 	$(Q)$(MAKE) --no-print-directory demo-run
@@ -213,6 +225,7 @@ help:
 	@echo "check          (root) install what is missing, run every test"
 	@echo "check-unit     unit tests, no root"
 	@echo "check-lint check-fuzz check-integration check-softdirty check-e2e [T=name]   one group"
+	@echo "check-rdma     (root) the RDMA transport, over a device or soft-RoCE in virtual machines; not part of check"
 	@echo "check-san      unit and engine tests with SAN=address,undefined (default) or SAN=thread"
 	@echo "bench-migrate  (root) Lifeboat and QEMU's own migration side by side [BENCH_ARGS=--quick]"
 	@echo "bench-remus    (root) cost of protection, failovers [BENCH_ARGS='--failovers 10' | '--no-cost --soak 30']"

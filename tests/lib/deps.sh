@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install what a step needs, by package name, only what is missing, quietly.
-#   deps.sh [--say] build|unit|check|demo|bench [...]
+#   deps.sh [--say] build|unit|check|demo|bench|rdma [...]
 # Debian 12 and 13. As an ordinary user, or with --say, it only says what is missing.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -12,6 +12,7 @@ guest="bash binutils xz-utils busybox-static qemu-system-x86 qemu-utils nbdkit p
 check="mandoc etcd-server"
 demo="gnuplot-nox etcd-server"
 bench="gnuplot-nox etcd-server"
+rdma="ibverbs-providers ibverbs-utils rdmacm-utils etcd-server"
 
 say=
 [ "${1:-}" != --say ] || { say=1; shift; }
@@ -24,6 +25,7 @@ for set in "$@"; do
     check) want="$want $build $unit $guest $check" downloads=1 ;;
     demo)  want="$want $build $guest $demo" downloads=1 ;;
     bench) want="$want $build $guest $bench" downloads=1 ;;
+    rdma)  want="$want $build $guest $rdma" downloads=1 ;;
     *) echo "deps.sh: unknown set $set" >&2; exit 2 ;;
     esac
 done
