@@ -378,6 +378,22 @@ static double concurrency_of(const json_t *steps, double makespan)
     return makespan > 0 ? LB_MAX(sum / makespan, 1) : 1;
 }
 
+static bool needs_plan(const struct lb_evac_item *it)
+{
+    return !ended(it) && (it->replan || (!it->to[0] && it->kind != LB_EVAC_SUSPEND && it->kind != LB_EVAC_RESUME));
+}
+
+/* The plan says nothing of it: it has left already, or it stays. */
+static void not_in_plan(struct lb_evac_item *it)
+{
+    if (!it->error.code)
+        it->error = (struct lb_error){.code = LB_E_STATE, .message = "it was not there when this was planned",
+                                      .remedy = "evacuate again"};
+    it->tries = LB_EVAC_TRIES;
+    it->replan = false;
+    it->unsettled = true;
+}
+
 int lb_evac_planned(struct lb_evac *e, const json_t *plan, uint64_t now_ms, struct lb_error *err)
 {
     const json_t *steps = json_object_get(plan, "steps"), *v;
@@ -400,14 +416,9 @@ int lb_evac_planned(struct lb_evac *e, const json_t *plan, uint64_t now_ms, stru
         take_step(e, v);
     json_array_foreach (json_object_get(plan, "stays"), i, v)
         take_stay(e, v, now_ms);
-    /* Those that it says nothing of cannot be planned; the others keep what they had. */
-    for (unsigned k = 0; !again && k < e->n_items; k++) {
-        struct lb_evac_item *it = &e->items[k];
-
-        if (!at_work(it) && !ended(it) && (it->replan || (!it->to[0] && it->kind != LB_EVAC_SUSPEND)))
-            lb_evac_leave(e, it, it->message[0] ? it->message : "it was not there when this was planned",
-                          it->message[0] ? it->remedy : "evacuate again");
-    }
+    for (unsigned k = 0; !again && k < e->n_items; k++)
+        if (!at_work(&e->items[k]) && needs_plan(&e->items[k]))
+            not_in_plan(&e->items[k]);
     e->bytes_planned = 0;
     for (unsigned k = 0; k < e->n_items; k++)
         e->bytes_planned += e->items[k].bytes_planned;
@@ -427,6 +438,7 @@ void lb_evac_not_planned(struct lb_evac *e, const struct lb_error *why, uint64_t
     if (e->phase == LB_EVAC_REPLANNING)
         e->phase = LB_EVAC_RUNNING;
     if (++e->plan_failures < PLAN_FAILURES) {
+        e->need_plan = true;
         e->plan_ms = now_ms + (RETRY_FIRST_MS << e->plan_failures);
         return;
     }
@@ -435,7 +447,7 @@ void lb_evac_not_planned(struct lb_evac *e, const struct lb_error *why, uint64_t
     for (unsigned i = 0; i < e->n_items; i++) {
         struct lb_evac_item *it = &e->items[i];
 
-        if (!at_work(it) && !ended(it) && (it->replan || !it->to[0]))
+        if (!at_work(it) && needs_plan(it))
             lb_evac_leave(e, it, it->message[0] ? it->message : why->message,
                           it->message[0] ? it->remedy : why->remedy);
     }
@@ -456,8 +468,7 @@ void lb_evac_start(struct lb_evac *e, uint64_t now_ms, uint64_t wall_ms)
 
         it->changed = true;
         it->unsettled |= !it->session && it->state >= LB_EVAC_SETUP && it->state <= LB_EVAC_SENDING;
-        e->need_plan |= !ended(it) && !it->unsettled && !e->returning &&
-                        (it->replan || (!it->to[0] && it->kind != LB_EVAC_SUSPEND));
+        e->need_plan |= !it->unsettled && !e->returning && needs_plan(it);
     }
 }
 
@@ -857,7 +868,7 @@ static bool next_end(struct lb_evac *e, struct lb_evac_order *o)
 {
     enum lb_evac_phase end = e->phase == LB_EVAC_CANCELLING ? LB_EVAC_CANCELLED : LB_EVAC_FINISHED;
 
-    if (e->planning || e->need_plan)
+    if (end == LB_EVAC_FINISHED && (e->planning || e->need_plan))
         return false;
     for (unsigned i = 0; i < e->n_items; i++) {
         if (at_work(&e->items[i]) || (end == LB_EVAC_FINISHED && !ended(&e->items[i])))
@@ -866,6 +877,8 @@ static bool next_end(struct lb_evac *e, struct lb_evac_order *o)
     for (unsigned i = 0; end == LB_EVAC_FINISHED && i < e->n_items; i++)
         if (e->items[i].state == LB_EVAC_LEFT)
             end = LB_EVAC_INCOMPLETE;
+    if (end == LB_EVAC_FINISHED && !e->returning && !e->id[0]) /* nothing was ever planned */
+        end = LB_EVAC_INCOMPLETE;
     e->phase = end;
     return order(o, LB_EVAC_DO_END, NULL);
 }
