@@ -671,8 +671,7 @@ void lb_evac_found(struct lb_evac *e, struct lb_evac_item *it, const char *to, u
     it->changed = true;
     if (!it->begun_ms)
         it->begun_ms = now_ms;
-    if (it->state < LB_EVAC_SETUP || it->state > LB_EVAC_SENDING)
-        it->state = LB_EVAC_SETUP;
+    it->state = LB_EVAC_SETUP; /* what it says of itself comes next */
     if (to[0] && it->kind == LB_EVAC_COPY) {
         snprintf(it->to, sizeof(it->to), "%s", to);
         host_add(e, to);

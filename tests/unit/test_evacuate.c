@@ -760,7 +760,7 @@ static void test_return(void **state)
     (void)state;
 
     for (int i = 0; i < 5; i++) {
-        char name[8];
+        char name[16];
         struct lb_evac_item *it;
 
         snprintf(name, sizeof(name), "v%d", i);
@@ -824,7 +824,7 @@ static void test_eta(void **state)
     (void)state;
 
     for (int i = 0; i < 10; i++) {
-        char name[8];
+        char name[16];
         snprintf(name, sizeof(name), "v%d", i);
         json_array_append_new(steps, plan_step(name, "copy", "a", "b", 5.0 * i, 0));
     }
