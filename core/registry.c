@@ -64,6 +64,47 @@ bool lb_vm_name_valid(const char *name)
     return true;
 }
 
+/* Where the key stands in the list as a word of its own, or NULL. */
+static char *find_key(const char *list, const char *key)
+{
+    size_t len = strlen(key);
+
+    for (const char *at = list; len && (at = strstr(at, key)); at += len)
+        if ((at == list || at[-1] == ' ') && (at[len] == ' ' || !at[len]))
+            return (char *)at;
+    return NULL;
+}
+
+bool lb_came_by_has(const char *list, const char *key)
+{
+    return find_key(list, key) != NULL;
+}
+
+/* Takes the word at `at` out, and the blank at one side of it. */
+static void drop_key(char *list, char *at)
+{
+    char *end = at + strcspn(at, " ");
+
+    if (*end)
+        memmove(at, end + 1, strlen(end + 1) + 1);
+    else if (at > list)
+        at[-1] = '\0';
+    else
+        *at = '\0';
+}
+
+void lb_came_by_add(char list[LB_CAME_BY_BYTES], const char *key)
+{
+    char *old = find_key(list, key);
+    size_t len;
+
+    if (old)
+        drop_key(list, old);
+    while ((len = strlen(list)) && len + 1 + strlen(key) >= LB_CAME_BY_BYTES)
+        drop_key(list, list);
+    snprintf(list + len, LB_CAME_BY_BYTES - len, "%s%s", len ? " " : "", key);
+}
+
 /* Names become parts of paths: everything here refuses a bad one first. */
 static int check_name(const char *name, struct lb_error *err)
 {
@@ -125,7 +166,9 @@ static const char *parse_entry(const json_t *o, const char *name, struct lb_vm_e
         return "a time is missing or wrong";
     if (lb_json_get_string(o, "note", e->note, sizeof(e->note)))
         return "\"note\" is missing or wrong";
-    e->checkpoint[0] = 0; /* absent in entries of older versions */
+    e->checkpoint[0] = e->came_by[0] = 0; /* absent in entries of older versions */
+    if (json_object_get(o, "came_by") && lb_json_get_string(o, "came_by", e->came_by, sizeof(e->came_by)))
+        return "\"came_by\" is wrong";
     if (json_object_get(o, "checkpoint") && lb_json_get_string(o, "checkpoint", e->checkpoint, sizeof(e->checkpoint)))
         return "\"checkpoint\" is wrong";
     return NULL;
@@ -191,6 +234,7 @@ int lb_vm_entry_save(const char *state_dir, const struct lb_vm_entry *e, struct 
                         json_integer((json_int_t)(e->created_ms ? e->created_ms : now)));
     json_object_set_new(o, "changed_ms", json_integer((json_int_t)now));
     json_object_set_new(o, "note", lb_json_text(e->note));
+    json_object_set_new(o, "came_by", lb_json_text(e->came_by));
     json_object_set_new(o, "checkpoint", lb_json_text(e->checkpoint));
     text = json_dumps(o, JSON_INDENT(2));
     json_decref(o);

@@ -42,6 +42,8 @@ enum lb_vm_state {
 const char *lb_vm_state_name(enum lb_vm_state s);
 int lb_vm_state_parse(const char *name, enum lb_vm_state *out);
 
+#define LB_CAME_BY_BYTES 560 /* of eight hosts */
+
 struct lb_vm_entry {
     char name[128];          /* [A-Za-z0-9][A-Za-z0-9._-]{0,62} */
     char hypervisor[16];     /* "qemu" */
@@ -53,10 +55,16 @@ struct lb_vm_entry {
     char peer[128];          /* host name of the other side; "" otherwise */
     uint64_t created_ms, changed_ms;  /* wall clock */
     char note[256];          /* last remarkable thing, for status */
+    /* Keys of the hosts that ran it before, blanks between them, the latest last; "" none. The ones that may ask
+     * for it back. */
+    char came_by[LB_CAME_BY_BYTES];
     char checkpoint[160];    /* "VM@7" (checkpoint/catalog.h) of the last four states, or the last one taken; "" */
 };
 
 bool lb_vm_name_valid(const char *name);
+/* Is the key in the list? Put it at its end; the oldest go when there is no room. */
+bool lb_came_by_has(const char *list, const char *key);
+void lb_came_by_add(char list[LB_CAME_BY_BYTES], const char *key);
 /* STATE_DIR/vms/NAME; created 0700 when make. Caller frees. */
 char *lb_vm_dir(const char *state_dir, const char *name, bool make);
 int lb_vm_entry_load(const char *state_dir, const char *name, struct lb_vm_entry *out,

@@ -113,6 +113,21 @@ int lb_ctl_send_failure(struct lb_chan *c, const struct lb_error *failure, struc
     return lb_ctl_send(c, &m, err);
 }
 
+int lb_ctl_refusal(const Lb__PreflightReport *rep, struct lb_error *err)
+{
+    for (size_t i = 0; i < rep->n_checks; i++) {
+        const Lb__Check *c = rep->checks[i];
+
+        if (strcmp(c->status, "fail"))
+            continue;
+        lb_fail(err, LB_E_PREFLIGHT, "%.60s: %.400s", c->id, c->message);
+        if (c->remedy && *c->remedy)
+            lb_remedy(err, "%s", c->remedy);
+        return -1;
+    }
+    return lb_fail(err, LB_E_PREFLIGHT, "the destination refused without saying why");
+}
+
 void lb_ctl_hello(Lb__Hello *h, const struct lb_host_config *cfg)
 {
     h->version = 1;

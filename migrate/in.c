@@ -251,9 +251,21 @@ static int checks(struct in *s, bool *proceed, struct lb_error *err)
 
     lb_preflight_dest(&r->desc, &r->cfg, r->env->state_dir, r->req->hello->wall_ms, &rep);
     lb_rx_transport(r, &rep);
+    if (r->req->wish_json[0] && r->env->check_wish)
+        r->env->check_wish(r->req->wish_json, &rep, r->env->arg);
     rc = lb_rx_decide(r, &rep, proceed, err);
     lb_report_free(&rep);
     return rc;
+}
+
+/* Beside the entry before anything can run: whatever happens from now on, it is where the VM is. */
+static int keep_wish(struct lb_rx *r, struct lb_error *err)
+{
+    if (!r->req->wish_json[0])
+        return 0;
+    if (!r->env->keep_wish)
+        return lb_fail(err, LB_E_UNSUPPORTED, "this lifeboatd protects no VMs");
+    return r->env->keep_wish(r->entry.name, r->req->wish_json, err, r->env->arg);
 }
 
 static int migration(struct in *s, struct lb_error *err)
@@ -268,7 +280,7 @@ static int migration(struct in *s, struct lb_error *err)
     if (lb_rx_listen(r, NULL, NULL, err))
         return -1;
     report(s, "launching", 2);
-    if (lb_rx_register(r, LB_VM_INCOMING, err) || lb_rx_launch(r, err))
+    if (lb_rx_register(r, LB_VM_INCOMING, err) || keep_wish(r, err) || lb_rx_launch(r, err))
         return -1;
     if (r->env->want_conns(r->req->session_id.data, r->entry.name, err, r->env->arg))
         return -1;
@@ -352,6 +364,10 @@ int lb_serve_channel(const struct lb_session_env *env, struct lb_chan *chan, con
         break;
     case LB__CONTROL__KIND_LINK_TEST:
         rc = lb_link_serve(chan, m->link_test, err);
+        break;
+    case LB__CONTROL__KIND_ASK:
+        rc = env->serve_other ? env->serve_other(env, chan, peer, m, vm_name, err)
+                              : lb_fail(err, LB_E_UNSUPPORTED, "this lifeboatd cannot be asked");
         break;
     default:
         rc = lb_fail(err, LB_E_PROTO, "the peer opened with control message %d",

@@ -50,6 +50,7 @@ struct lb_migrate_opts {
     bool wait_go;                   /* set up, report "ready", send nothing before env->go_fd says so */
     enum lb_transport_wish transport;
     bool trusted_fabric;            /* with RDMA: pages are written straight into the receiver, in clear */
+    const char *wish_json;          /* it is to be protected where it goes: kept there (keep_wish); NULL */
 };
 
 /* What the outside sees while it works. Numbers are for people and JSON alike;
@@ -86,6 +87,8 @@ struct lb_migrate_result {
     char final_state[32];       /* source: "running" | "handed-over" | "moved" */
 };
 
+struct lb_report;
+
 /* Provided by the session process (cmd/daemon/session.c), or a test. */
 struct lb_session_env {
     const char *state_dir;
@@ -107,7 +110,11 @@ struct lb_session_env {
     int (*take_conn)(unsigned timeout_ms, struct lb_error *err, void *arg);
     void *arg;
     const char *config_path;    /* host configuration (migrate/config.h); NULL = none */
-    /* A channel whose first message is not migrate's (MigrateRequest with `protect`): the layer
+    /* Destination: what the other side wants kept with the VM (MigrateRequest.wish_json). check_wish adds a line
+     * "protection" to the report; keep_wish puts it beside the entry, which exists. Both NULL: refused. */
+    void (*check_wish)(const char *json, struct lb_report *rep, void *arg);
+    int (*keep_wish)(const char *vm, const char *json, struct lb_error *err, void *arg);
+    /* A channel whose first message is not migrate's (MigrateRequest with `protect`, Ask): the layer
      * above serves it; owns neither chan nor first. NULL: refused. */
     int (*serve_other)(const struct lb_session_env *env, struct lb_chan *chan, const char *peer,
                        Lb__Control *first, char *vm_name, struct lb_error *err);

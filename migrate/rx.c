@@ -15,6 +15,7 @@
 #define TABLE_TIMEOUT_NS UINT64_C(60000000000)
 #define CONN_TIMEOUT_NS UINT64_C(15000000000)
 #define SILENT_TIMEOUT_NS UINT64_C(300000000000) /* bulk: the source was stopped, or forgot us */
+#define LOCK_PATIENCE_NS UINT64_C(2000000000)
 #define TICK_NS UINT64_C(200000000)
 #define MAX_BLOCKS 512u
 #define MAX_CHANNELS 64u
@@ -119,13 +120,28 @@ void lb_rx_transport(struct lb_rx *r, struct lb_report *rep)
                         &r->transport, rep);
 }
 
+/* A session that has just let the VM go to another host, or removed a standby, may be about to end. */
+static int lock_name(struct lb_rx *r, struct lb_error *err)
+{
+    uint64_t until = lb_now_ns() + LOCK_PATIENCE_NS;
+    struct lb_error busy = LB_ERROR_INIT;
+    int fd;
+
+    while ((fd = lb_vm_lock(r->env->state_dir, r->entry.name, &busy)) < 0 && busy.code == LB_E_STATE &&
+           lb_now_ns() < until)
+        lb_sleep_ms(20);
+    if (fd < 0 && err)
+        *err = busy;
+    return fd;
+}
+
 int lb_rx_decide(struct lb_rx *r, const struct lb_report *rep, bool *proceed, struct lb_error *err)
 {
     bool refused = lb_report_refused(rep);
 
     *proceed = false;
     if (!refused && !r->req->dry_run) {
-        r->vm_lock = lb_vm_lock(r->env->state_dir, r->entry.name, err);
+        r->vm_lock = lock_name(r, err);
         if (r->vm_lock < 0)
             return -1;
     }
@@ -164,10 +180,26 @@ static int check_fresh(struct lb_rx *r, struct lb_error *err)
     return 0;
 }
 
+/* Where it has been, and now the source too. Who made a list of nonsense gets none. */
+static void note_way(struct lb_rx *r)
+{
+    char key[LB_KEY_TEXT_BYTES];
+    uint8_t raw[LB_KEY_BYTES];
+
+    for (size_t i = 0; i < r->req->n_came_by; i++)
+        if (!lb_key_parse(r->req->came_by[i], raw, NULL)) {
+            lb_key_format(key, raw);
+            lb_came_by_add(r->entry.came_by, key);
+        }
+    lb_key_format(key, lb_chan_peer_key(r->chan));
+    lb_came_by_add(r->entry.came_by, key);
+}
+
 int lb_rx_register(struct lb_rx *r, enum lb_vm_state state, struct lb_error *err)
 {
     if (check_fresh(r, err))
         return -1;
+    note_way(r);
     r->entry.state = state;
     snprintf(r->entry.hypervisor, sizeof(r->entry.hypervisor), "%s", r->env->hv->name);
     snprintf(r->entry.origin, sizeof(r->entry.origin), "migrated");

@@ -160,28 +160,13 @@ int lb_tx_check_interrupt(struct lb_tx *t, struct lb_error *err)
 
 /* -------------------------------------------------- attach, connect, preflight */
 
-static int first_refusal(const Lb__PreflightReport *rep, struct lb_error *err)
-{
-    for (size_t i = 0; i < rep->n_checks; i++) {
-        const Lb__Check *c = rep->checks[i];
-
-        if (strcmp(c->status, "fail"))
-            continue;
-        lb_fail(err, LB_E_PREFLIGHT, "%.60s: %.400s", c->id, c->message);
-        if (c->remedy && *c->remedy)
-            lb_remedy(err, "%s", c->remedy);
-        return -1;
-    }
-    return lb_fail(err, LB_E_PREFLIGHT, "the destination refused without saying why");
-}
-
-static void show_report(struct lb_tx *t, const struct lb_report *mine,
-                        const Lb__PreflightReport *theirs)
+void lb_tx_show_report(const struct lb_session_env *env, const struct lb_report *mine,
+                       const Lb__PreflightReport *theirs)
 {
     struct lb_report all = {0};
     LB_AUTO_FREE char *json = NULL;
 
-    for (unsigned i = 0; i < mine->n; i++)
+    for (unsigned i = 0; mine && i < mine->n; i++)
         lb_report_add(&all, mine->v[i].id, mine->v[i].status, mine->v[i].remedy, "%s",
                       mine->v[i].message);
     for (size_t i = 0; theirs && i < theirs->n_checks; i++) {
@@ -189,7 +174,7 @@ static void show_report(struct lb_tx *t, const struct lb_report *mine,
         bool said = false;
 
         /* both ends look at the description: once is enough when all is well */
-        for (unsigned k = 0; k < mine->n; k++)
+        for (unsigned k = 0; mine && k < mine->n; k++)
             said |= !strcmp(mine->v[k].id, c->id) && mine->v[k].status == LB_CHECK_OK;
         if (said && !strcmp(c->status, "ok"))
             continue;
@@ -200,8 +185,8 @@ static void show_report(struct lb_tx *t, const struct lb_report *mine,
                       c->remedy, "%s", c->message);
     }
     json = lb_report_json(&all);
-    if (t->env->preflight && json)
-        t->env->preflight(json, t->env->arg);
+    if (env->preflight && json)
+        env->preflight(json, env->arg);
     lb_report_free(&all);
 }
 
@@ -226,8 +211,21 @@ static int attach_vm(struct lb_tx *t, struct lb_report *mine, struct lb_error *e
     return 0;
 }
 
+/* The words of the entry's list; a word and its blank are two bytes at least. */
+static size_t came_by(char *list, char **v)
+{
+    char *save = NULL;
+    size_t n = 0;
+
+    for (char *key = strtok_r(list, " ", &save); key; key = strtok_r(NULL, " ", &save))
+        v[n++] = key;
+    return n;
+}
+
 static int request(struct lb_tx *t, struct lb_error *err)
 {
+    LB_AUTO_FREE char *list = lb_strdup(t->entry->came_by);
+    char *keys[LB_CAME_BY_BYTES / 2];
     Lb__Control m = LB__CONTROL__INIT;
     Lb__MigrateRequest r = LB__MIGRATE_REQUEST__INIT;
     Lb__Hello h = LB__HELLO__INIT;
@@ -248,11 +246,26 @@ static int request(struct lb_tx *t, struct lb_error *err)
     r.verify = t->opts->verify;
     r.protect = t->protect;
     r.transport = t->wish;
+    r.wish_json = (char *)(t->opts->wish_json && !t->protect ? t->opts->wish_json : "");
+    r.n_came_by = came_by(list, keys);
+    r.came_by = keys;
     m.kind_case = LB__CONTROL__KIND_MIGRATE_REQUEST;
     m.migrate_request = &r;
     rc = lb_ctl_send(t->chan, &m, err);
     lb__vm_description__free_unpacked(d, NULL);
     return rc;
+}
+
+/* A destination that does not know what a wish is would lose it without a word. */
+static int check_wish_heard(struct lb_tx *t, const Lb__PreflightReport *rep, struct lb_error *err)
+{
+    for (size_t i = 0; i < rep->n_checks; i++)
+        if (!strcmp(rep->checks[i]->id, "protection"))
+            return 0;
+    lb_fail(err, LB_E_PREFLIGHT, "protection: host %s would not protect VM %s again", t->to->name,
+            t->entry->name);
+    return lb_remedy(err, "run the same Lifeboat version there, or `lifeboat unprotect %s` first",
+                     t->entry->name);
 }
 
 int lb_tx_preflight(struct lb_tx *t, const struct lb_report *mine, struct lb_error *err)
@@ -266,8 +279,12 @@ int lb_tx_preflight(struct lb_tx *t, const struct lb_report *mine, struct lb_err
     if (lb_ctl_queue_expect(t->ctl, LB__CONTROL__KIND_PREFLIGHT_REPORT, &m,
                             lb_now_ns() + SETUP_TIMEOUT_NS, err))
         return lb_tx_explain(t, err);
-    show_report(t, mine, m->preflight_report);
-    if (refused) {
+    lb_tx_show_report(t->env, mine, m->preflight_report);
+    if (t->opts->wish_json && !t->protect && !refused && !m->preflight_report->refused)
+        rc = check_wish_heard(t, m->preflight_report, err);
+    if (rc) {
+        /* err says it */
+    } else if (refused) {
         for (unsigned i = 0; i < mine->n; i++)
             if (mine->v[i].status == LB_CHECK_FAIL) {
                 rc = lb_fail(err, LB_E_PREFLIGHT, "%s: %s", mine->v[i].id, mine->v[i].message);
@@ -275,7 +292,7 @@ int lb_tx_preflight(struct lb_tx *t, const struct lb_report *mine, struct lb_err
                 break;
             }
     } else if (m->preflight_report->refused) {
-        rc = first_refusal(m->preflight_report, err);
+        rc = lb_ctl_refusal(m->preflight_report, err);
     }
     lb__control__free_unpacked(m, NULL);
     return rc;

@@ -75,6 +75,9 @@ void lb_tx_init(struct lb_tx *t, const struct lb_session_env *env, const struct 
 int lb_tx_open(struct lb_tx *t, struct lb_report *mine, struct lb_error *err);
 /* The request, both reports shown; LB_E_PREFLIGHT when either refuses. */
 int lb_tx_preflight(struct lb_tx *t, const struct lb_report *mine, struct lb_error *err);
+/* Both sides' checks, either may be NULL, as one report to env->preflight. */
+void lb_tx_show_report(const struct lb_session_env *env, const struct lb_report *mine,
+                       const Lb__PreflightReport *theirs);
 /* The dirty log, while the destination launches its receiver; the block table. On return dirty[]
  * is what round 0 has to send. */
 int lb_tx_launch(struct lb_tx *t, struct lb_error *err);

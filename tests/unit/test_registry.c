@@ -30,7 +30,7 @@ static struct lb_vm_entry sample(const char *name)
 {
     struct lb_vm_entry e = {.hypervisor = "qemu", .qmp_path = "/run/x/qmp.sock", .origin = "run",
                             .state = LB_VM_HANDED_OVER, .token = "00112233445566778899aabbccddeeff",
-                            .peer = "hostB", .created_ms = 12345, .note = "a \"note\"\xff"};
+                            .peer = "hostB", .came_by = "one two", .created_ms = 12345, .note = "a \"note\"\xff"};
     snprintf(e.name, sizeof(e.name), "%s", name);
     e.proc = (struct lb_proc_id){.pid = 2000000000, .start_ticks = UINT64_C(1) << 40};
     return e;
@@ -74,6 +74,33 @@ static void test_states(void **s)
     assert_string_equal(lb_vm_state_name((enum lb_vm_state)99), "unknown");
 }
 
+static void test_came_by(void **s)
+{
+    (void)s;
+    char list[LB_CAME_BY_BYTES] = "", key[80], first[80] = "", last[80] = "";
+    assert_false(lb_came_by_has(list, "k1"));
+    assert_false(lb_came_by_has(list, ""));
+    lb_came_by_add(list, "k1");
+    lb_came_by_add(list, "k12");
+    assert_string_equal(list, "k1 k12");
+    assert_true(lb_came_by_has(list, "k1") && lb_came_by_has(list, "k12"));
+    assert_false(lb_came_by_has(list, "k") || lb_came_by_has(list, "12") || lb_came_by_has(list, "k1 "));
+    lb_came_by_add(list, "k1"); /* again: now the latest */
+    assert_string_equal(list, "k12 k1");
+    lb_came_by_add(list, "k1");
+    assert_string_equal(list, "k12 k1");
+    list[0] = 0;
+    for (int i = 0; i < 30; i++) { /* the oldest make room */
+        snprintf(key, sizeof(key), "%02d%065d", i, 0);
+        snprintf(i ? last : first, sizeof(last), "%s", key);
+        lb_came_by_add(list, key);
+        assert_true(lb_came_by_has(list, key));
+        assert_int_equal(lb_came_by_has(list, first), i < 8);
+    }
+    assert_int_equal(strlen(list), 8 * 67 + 7);
+    assert_string_equal(list + strlen(list) - 67, last);
+}
+
 static void test_round_trip(void **s)
 {
     (void)s;
@@ -87,6 +114,7 @@ static void test_round_trip(void **s)
     assert_string_equal(back.origin, "run");
     assert_string_equal(back.token, e.token);
     assert_string_equal(back.peer, "hostB");
+    assert_string_equal(back.came_by, "one two");
     assert_string_equal(back.note, "a \"note\"?"); /* not UTF-8 */
     assert_int_equal(back.state, LB_VM_HANDED_OVER);
     assert_int_equal(back.proc.pid, e.proc.pid);
@@ -250,6 +278,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_names),
         cmocka_unit_test(test_states),
+        cmocka_unit_test_setup_teardown(test_came_by, setup, teardown),
         cmocka_unit_test_setup_teardown(test_round_trip, setup, teardown),
         cmocka_unit_test_setup_teardown(test_missing_and_damaged, setup, teardown),
         cmocka_unit_test_setup_teardown(test_list_and_remove, setup, teardown),
