@@ -356,7 +356,8 @@ static int serve(struct lb_bk *b, struct lb_error *err)
     bool proceed;
 
     lb_bk_status(b, true);
-    supersede(r);
+    if (!r->req->dry_run)
+        supersede(r);
     if (check_spec(b, err) || checks(b, &proceed, err))
         return -1;
     if (!proceed) {

@@ -171,4 +171,8 @@ int lb_prot_send(struct prot *p, Lb__Control *m, struct lb_error *err);
 /* status.c */
 void lb_prot_report(struct prot *p, bool force);
 
+/* ahead.c */
+/* Keeps what the backup was told of the VM, for lb_remus_ask_ahead; best effort. */
+void lb_prot_keep_request(const struct prot *p, Lb__ProtectSpec *spec);
+
 #endif

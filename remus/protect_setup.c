@@ -174,6 +174,8 @@ static int preflight(struct prot *p, struct lb_report *r, struct lb_error *err)
     spec_fill(&x, p);
     p->tx.protect = &x.s;
     rc = lb_tx_preflight(&p->tx, r, err);
+    if (!rc)
+        lb_prot_keep_request(p, &x.s);
     p->tx.protect = NULL;
     spec_free(&x);
     return rc;

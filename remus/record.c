@@ -182,6 +182,11 @@ static const char *parse_wish(const json_t *o, struct lb_protect_wish *w)
     if (!json_is_number(took) || json_number_value(took) < 0)
         return "\"last_failover_took_ms\" is missing or wrong";
     w->last_failover_took_ms = json_number_value(took);
+    /* absent in files of older versions */
+    if ((json_object_get(o, "unprotected_since_ms") &&
+         lb_json_get_u64(o, "unprotected_since_ms", INT64_MAX, &w->unprotected_since_ms)) ||
+        (json_object_get(o, "last_gap_ms") && lb_json_get_u64(o, "last_gap_ms", INT64_MAX, &w->last_gap_ms)))
+        return "\"unprotected_since_ms\" or \"last_gap_ms\" is wrong";
     return NULL;
 }
 
@@ -229,6 +234,8 @@ char *lb_wish_json(const struct lb_protect_wish *w)
     json_object_set_new(o, "failovers", json_integer(w->failovers));
     json_object_set_new(o, "last_failover_ms", json_integer((json_int_t)w->last_failover_ms));
     json_object_set_new(o, "last_failover_took_ms", json_real(w->last_failover_took_ms));
+    json_object_set_new(o, "unprotected_since_ms", json_integer((json_int_t)w->unprotected_since_ms));
+    json_object_set_new(o, "last_gap_ms", json_integer((json_int_t)w->last_gap_ms));
     text = json_dumps(o, JSON_INDENT(2));
     json_decref(o);
     assert(text);

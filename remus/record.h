@@ -58,6 +58,8 @@ struct lb_protect_wish {
     unsigned failovers;
     uint64_t last_failover_ms;     /* wall clock */
     double last_failover_took_ms;
+    uint64_t unprotected_since_ms; /* wall clock, by the host where it was protected last; 0: it is, or never was */
+    uint64_t last_gap_ms;          /* how long it was not protected the last time; 0: never */
 };
 int lb_wish_load(const char *state_dir, const char *vm, struct lb_protect_wish *out,
                  struct lb_error *err); /* LB_E_NOT_FOUND */

@@ -106,6 +106,13 @@ int lb_protect_run(const struct lb_remus_env *env, const struct lb_vm_entry *vm,
 int lb_backup_serve(const struct lb_remus_env *env, struct lb_chan *chan, const char *peer,
                     Lb__Control *first, char *vm_name, bool *promoted, struct lb_error *err);
 
+/* Would that host take the VM, which is protected now: as its next backup (standby), or migrated to it? Its own
+ * preflight, asked by what the running protection told its backup; the protection goes on meanwhile.
+ * Needs of env: identity, state_dir, config_path, cancel_fd. 0: yes. LB_E_PREFLIGHT: no, and why. LB_E_NOT_FOUND: there is nothing
+ * to ask with. The report is shown by env->preflight. */
+int lb_remus_ask_ahead(const struct lb_session_env *env, const char *vm, const struct lb_host *to,
+                       const struct lb_protect_wish *wish, bool standby, struct lb_error *err);
+
 /* After a crash of the session that worked on it: entry PROTECTED or STANDBY, lock held by the
  * caller, nobody else at work. PROTECTED: stop the guest, ask the witness who may run, then free or
  * destroy it. STANDBY: destroy it, or, when promotion had been won, finish it. LB_E_UNDECIDED:

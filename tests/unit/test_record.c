@@ -75,6 +75,8 @@ static struct lb_protect_wish a_wish(void)
     w.failovers = 3;
     w.last_failover_ms = UINT64_C(1700000000123);
     w.last_failover_took_ms = 263.25;
+    w.unprotected_since_ms = UINT64_C(1700000000456);
+    w.last_gap_ms = 1234;
     return w;
 }
 
@@ -124,6 +126,8 @@ static void wish_of_a_peer(void **state)
             "\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\",\"j\",\"k\",\"l\",\"m\",\"n\",\"o\","},
         {"\"failovers\": 3", "\"failovers\": 3, \"failovers\": 4"},
         {"\"last_failover_took_ms\": 263.25", "\"last_failover_took_ms\": -1"},
+        {"\"unprotected_since_ms\": 1700000000456", "\"unprotected_since_ms\": -1"},
+        {"\"last_gap_ms\": 1234", "\"last_gap_ms\": \"long\""},
         {"{", ""},
     };
     struct lb_protect_wish w = a_wish(), r;
@@ -141,6 +145,11 @@ static void wish_of_a_peer(void **state)
     /* what a newer one adds is ignored */
     LB_AUTO_FREE char *newer = with(good, "{", "{\"colour\": \"red\",");
     assert_int_equal(lb_wish_parse(newer, &r, NULL), 0);
+    /* what an older one does not know is not there */
+    LB_AUTO_FREE char *cut = with(good, "\"last_gap_ms\"", "\"x\"");
+    LB_AUTO_FREE char *older = with(cut, "\"unprotected_since_ms\"", "\"y\"");
+    assert_int_equal(lb_wish_parse(older, &r, NULL), 0);
+    assert_true(!r.last_gap_ms && !r.unprotected_since_ms);
     put("protect.json", "{}");
     struct lb_error err = LB_ERROR_INIT;
     assert_int_equal(lb_wish_load(dir, "web1", &r, &err), -1);
