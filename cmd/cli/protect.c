@@ -100,7 +100,7 @@ static void print_numbers(const json_t *p)
 
 void lb_print_protection(const json_t *p)
 {
-    char when[32], text[300];
+    char when[32], span[32], text[300];
 
     print_state(p);
     if (json_object_get(p, "epoch"))
@@ -119,6 +119,15 @@ void lb_print_protection(const json_t *p)
                  (long long)lb_jint(p, "failovers"), lb_when(when, lb_jnum(p, "last_failover_ms")),
                  lb_jnum(p, "last_failover_took_ms"));
         line("failovers", text);
+    }
+    if (lb_jnum(p, "unprotected_since_ms") > 0) {
+        snprintf(text, sizeof(text), "without a backup since %s",
+                 lb_when(when, lb_jnum(p, "unprotected_since_ms")));
+        line("gap", text);
+    } else if (lb_jnum(p, "unprotected_ms") > 0) {
+        snprintf(text, sizeof(text), "the last time without a backup was %s long",
+                 lb_span(span, sizeof(span), lb_jnum(p, "unprotected_ms")));
+        line("gap", text);
     }
     if (lb_jstr(p, "note")[0])
         line("note", lb_jstr(p, "note"));

@@ -64,6 +64,7 @@ struct directory;
 struct peer;
 struct worker;
 struct ward;
+struct rehome;
 
 /* What a client waits for that is no single session's to say. */
 enum lb_wait {
@@ -71,6 +72,7 @@ enum lb_wait {
     LB_WAIT_PROTECTED, /* `protect`: the first epoch is complete */
     LB_WAIT_OFF,       /* `unprotect`, or the `stop` of a protected VM */
     LB_WAIT_HERE,      /* `failover`: the VM runs on this host */
+    LB_WAIT_REHOMED,   /* `migrate` of a protected VM, `protect` with another backup: see rehome.c */
     LB_WAIT_BATCH,     /* `suspend --all` and the like; the VM's name is LB_BATCH_NAME */
     LB_WAIT_PLAN,      /* what an evacuation would do; LB_EVAC_NAME */
     LB_WAIT_EVACUATED, /* it has come to rest, or what was brought back has; LB_EVAC_NAME */
@@ -117,6 +119,7 @@ struct daemon {
     LIST_HEAD(, peer) peers;
     LIST_HEAD(, worker) workers;
     LIST_HEAD(, ward) wards;
+    LIST_HEAD(, rehome) rehomes;
     unsigned n_clients, n_workers, n_unauthenticated, n_parked, n_in;
     struct batch *batch;    /* NULL: none */
     struct evacuation *evacuation; /* NULL: nobody has asked yet */
@@ -147,6 +150,8 @@ void lb_clients_running(struct session *s, const char *json);
  * answer; NULL: none. */
 void lb_client_wait(struct client *c, const char *vm, enum lb_wait what, unsigned timeout_s,
                     const Lb__RpcRequest *then);
+/* Who waits for this gets the session's answer from now on. */
+void lb_clients_pass_on(struct daemon *d, const char *vm, enum lb_wait what, struct session *s);
 /* To every client that waits for something of the VM. */
 void lb_clients_tell(struct daemon *d, const char *vm, const char *json);
 /* Result (e NULL) or failure of every client that waits for this. */
@@ -227,6 +232,36 @@ bool lb_recover_due(struct daemon *d, const char *vm);
 /* Why its memory could not be filled at the last try, or "". */
 const char *lb_fill_problem(struct daemon *d, const char *vm);
 void lb_wards_prune(struct daemon *d, const struct lb_vm_entry *v, unsigned n);
+
+/* For rehome.c. The hosts that r names, all of them good; the rest of *out is not touched. */
+int lb_protect_backups(struct daemon *d, const Lb__RpcProtect *r, struct lb_protect_wish *out,
+                       struct lb_error *err);
+/* The session of role "protect" is told to end; the wish stays, and how long there is no backup is counted. */
+void lb_protect_end_for_now(struct daemon *d, const char *vm);
+/* Begin with these hosts now: `prefer` first, `lost` last. */
+void lb_protect_next(struct daemon *d, const char *vm, const char *prefer, const char *lost);
+
+/* ---- rehome.c. A protected VM changes host, or its backup; the wish outlives every step. */
+/* The protection ends, then the migration has begun: `out` is its session. Or e says why not. Called once,
+ * perhaps before lb_protect_move returns. */
+typedef void lb_moved_fn(struct daemon *d, const char *vm, struct session *out, const struct lb_error *e);
+void lb_protect_move(struct daemon *d, const Lb__RpcMigrate *r, lb_moved_fn *done);
+/* Requests, for a VM that is to be protected; they answer the client or make it wait. */
+void lb_op_move(struct daemon *d, struct client *c, const Lb__RpcMigrate *r);
+void lb_op_change_backup(struct daemon *d, struct client *c, const Lb__RpcProtect *r);
+/* From protect.c. A session of role "check" is gone. */
+void lb_rehome_checked(struct session *s);
+/* A session of role "protect" is gone; here: the guest goes on here. True: what follows has begun. */
+bool lb_rehome_ended(struct session *s, bool here);
+/* It is protected; json is what who waits is told. */
+void lb_rehome_protected(struct session *s, const char *json);
+/* No host of the wish wants to be the backup. */
+void lb_rehome_unprotected(struct daemon *d, const char *vm, const struct lb_error *e);
+/* Nobody wants it protected any more. */
+void lb_rehome_drop(struct daemon *d, const char *vm);
+
+/* ---- ask.c */
+void lb_op_ask(struct daemon *d, struct client *c, const Lb__RpcAsk *r);
 
 /* ---- checkpoint.c. Requests; they answer the client or make it watch a session. */
 void lb_op_checkpoint(struct daemon *d, struct client *c, const Lb__RpcRequest *r);

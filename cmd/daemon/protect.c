@@ -10,6 +10,7 @@
  *   scan       tries the hosts in the operator's order for ever, the one just lost last,
  *              1 s .. 30 s apart
  *   unprotect  removes the wish, tells the session
+ *   another place for the VM or its backup: rehome.c; the wish stays
  *
  * In memory is only when and with whom to try next (struct ward), and the last events of sessions:
  * a new supervisor begins at once with the first host.
@@ -47,6 +48,8 @@ struct ward {
     char fill_why[512];   /* its memory could not be filled; "" */
     uint64_t failover_ns; /* when a failover was asked for */
     char refused[256];    /* the refusal that stood before that */
+    char prefer[128];     /* host to be tried first; "" as the wish says */
+    uint64_t since_ms, gap_ms; /* as in the wish: not protected since; for how long the last time */
 };
 
 static struct ward *ward_find(struct daemon *d, const char *vm)
@@ -59,6 +62,17 @@ static struct ward *ward_find(struct daemon *d, const char *vm)
     return NULL;
 }
 
+/* How long it has been without protection, from the wish. */
+static void note_gap(struct daemon *d, struct ward *w)
+{
+    LB_AUTO_FREE struct lb_protect_wish *wish = lb_alloc(sizeof(*wish));
+
+    if (!lb_vm_name_valid(w->vm) || lb_wish_load(d->opt.state_dir, w->vm, wish, NULL))
+        return;
+    w->since_ms = wish->unprotected_since_ms;
+    w->gap_ms = wish->last_gap_ms;
+}
+
 static struct ward *ward_of(struct daemon *d, const char *vm)
 {
     struct ward *w = ward_find(d, vm);
@@ -68,6 +82,7 @@ static struct ward *ward_of(struct daemon *d, const char *vm)
     w = lb_alloc(sizeof(*w));
     snprintf(w->vm, sizeof(w->vm), "%s", vm);
     LIST_INSERT_HEAD(&d->wards, w, link);
+    note_gap(d, w);
     return w;
 }
 
@@ -132,6 +147,16 @@ bool lb_protect_wanted(struct daemon *d, const char *vm)
     return has_wish(d, vm) || is(lb_session_of_vm(d, vm), "protect");
 }
 
+/* Protected, but nobody works on it: its session died, and recovery has not been there yet. */
+static int unsettled(struct daemon *d, const struct lb_vm_entry *e, struct lb_error *err)
+{
+    if (e->state != LB_VM_PROTECTED || is(lb_session_of_vm(d, e->name), "protect"))
+        return 0;
+    lb_fail(err, LB_E_UNDECIDED, "who may run VM %s is still to be decided: the session that protected it "
+                                 "died", e->name);
+    return lb_remedy(err, "wait, or `lifeboat recover %s`", e->name);
+}
+
 int lb_protect_refuse(struct daemon *d, const struct lb_vm_entry *e, const char *what,
                       struct lb_error *err)
 {
@@ -145,11 +170,12 @@ int lb_protect_refuse(struct daemon *d, const struct lb_vm_entry *e, const char 
     }
     if (e->state == LB_VM_DEAD || (e->state != LB_VM_PROTECTED && !lb_protect_wanted(d, e->name)))
         return 0;
+    if (is(s, "out")) /* on its way, and its wish with it */
+        return 0;
+    if (!strcmp(what, "migrate"))
+        return unsettled(d, e, err);
     lb_fail(err, LB_E_STATE, "VM %s is %s", e->name,
             is(s, "protect") ? "protected" : "to be protected, and waits for a host that can");
-    if (!strcmp(what, "migrate"))
-        return lb_remedy(err, "`lifeboat unprotect %s` first, or move it to its backup by `lifeboat "
-                              "failover %s` there", e->name, e->name);
     return lb_remedy(err, "`lifeboat unprotect %s` first", e->name);
 }
 
@@ -158,18 +184,21 @@ int lb_protect_refuse(struct daemon *d, const struct lb_vm_entry *e, const char 
 /* The hosts to try, in order, as pointers into hosts; none that does not have an address here, so never
  * this one itself. Caller frees. */
 static const struct lb_host **candidates(const struct lb_protect_wish *wish,
-                                         const struct lb_hosts *hosts, const char *lost, unsigned *n)
+                                         const struct lb_hosts *hosts, const char *prefer,
+                                         const char *lost, unsigned *n)
 {
     unsigned all = wish->n_backups ? wish->n_backups : hosts->n;
-    const struct lb_host **v = lb_alloc(sizeof(*v) * (all + 1));
-    const struct lb_host *last = NULL;
+    const struct lb_host **v = lb_alloc(sizeof(*v) * (all + 2));
+    const struct lb_host *last = NULL, *first = lb_hosts_by_name(hosts, prefer);
 
     *n = 0;
+    if (first && first->address[0])
+        v[(*n)++] = first;
     for (unsigned i = 0; i < all; i++) {
         const struct lb_host *h = wish->n_backups ? lb_hosts_by_name(hosts, wish->backups[i])
                                                   : &hosts->v[i];
 
-        if (!h || !h->address[0])
+        if (!h || !h->address[0] || h == first)
             continue;
         if (!strcmp(h->name, lost))
             last = h;
@@ -231,7 +260,7 @@ static void try_next(struct daemon *d, struct ward *w)
 
     if (!lb_wish_load(d->opt.state_dir, w->vm, wish, &err) &&
         !lb_hosts_load(d->opt.state_dir, &hosts, &err)) {
-        v = candidates(wish, &hosts, w->lost, &n);
+        v = candidates(wish, &hosts, w->prefer, w->lost, &n);
         if (n) {
             s = lb_session_spawn(d, "protect", w->vm, v[w->tried % n]->name, NULL, -1, &err);
         } else {
@@ -275,6 +304,16 @@ void lb_recover_scan(struct daemon *d, const struct lb_vm_entry *e)
 
 /* -------------------------------------------------- what sessions say and how they end */
 
+static void add_gap(struct daemon *d, const char *vm, json_t *o)
+{
+    const struct ward *w = ward_find(d, vm);
+
+    if (w && w->since_ms)
+        json_object_set_new(o, "unprotected_since_ms", json_integer((json_int_t)w->since_ms));
+    if (w && w->gap_ms)
+        json_object_set_new(o, "unprotected_ms", json_integer((json_int_t)w->gap_ms));
+}
+
 static json_t *event_to_json(const struct session *s)
 {
     json_t *o = s->protect ? json_loads(s->protect, 0, NULL) : NULL;
@@ -288,7 +327,41 @@ static json_t *event_to_json(const struct session *s)
     json_object_set_new(o, "vm", json_string(s->vm));
     json_object_set_new(o, "host", lb_json_text(s->peer));
     json_object_set_new(o, "session", json_string(s->id));
+    add_gap(s->d, s->vm, o);
     return o;
+}
+
+/* From here on the VM has no backup, and is to have one; until the first epoch is complete somewhere. */
+static void gap_begins(struct daemon *d, struct ward *w)
+{
+    LB_AUTO_FREE struct lb_protect_wish *wish = lb_alloc(sizeof(*wish));
+    struct lb_error err = LB_ERROR_INIT;
+
+    if (lb_wish_load(d->opt.state_dir, w->vm, wish, NULL) || wish->unprotected_since_ms)
+        return;
+    wish->unprotected_since_ms = lb_wall_ms();
+    if (lb_wish_save(d->opt.state_dir, w->vm, wish, &err))
+        lb_log_error(LB_LOG_WARN, &err);
+    w->since_ms = wish->unprotected_since_ms;
+}
+
+/* Of a VM that has moved it began by the clock of another host. */
+static void gap_ends(struct daemon *d, struct ward *w)
+{
+    LB_AUTO_FREE struct lb_protect_wish *wish = lb_alloc(sizeof(*wish));
+    struct lb_error err = LB_ERROR_INIT;
+    uint64_t now = lb_wall_ms();
+
+    if (lb_wish_load(d->opt.state_dir, w->vm, wish, NULL) || !wish->unprotected_since_ms)
+        return;
+    wish->last_gap_ms = LB_MAX(now, wish->unprotected_since_ms + 1) - wish->unprotected_since_ms;
+    wish->unprotected_since_ms = 0;
+    if (lb_wish_save(d->opt.state_dir, w->vm, wish, &err))
+        lb_log_error(LB_LOG_WARN, &err);
+    lb_log(LB_LOG_INFO, "vm=%s is protected again; it was not for %.1f s", w->vm,
+           (double)wish->last_gap_ms / 1e3);
+    w->since_ms = 0;
+    w->gap_ms = wish->last_gap_ms;
 }
 
 /* The answer to `protect`. */
@@ -326,12 +399,13 @@ void lb_protect_event(struct session *s, const char *state, const char *note, co
     if (is(s, "backup"))
         failover_refused(s, w, note);
     if (is(s, "protect") && !s->protected_ns && !strcmp(state, "protected")) {
-        LB_AUTO_FREE char *result = protected_json(s);
-
         s->protected_ns = lb_now_ns();
         w->first = false;
         w->why[0] = '\0';
+        gap_ends(d, w);
+        LB_AUTO_FREE char *result = protected_json(s);
         lb_clients_settle(d, s->vm, LB_WAIT_PROTECTED, result, NULL);
+        lb_rehome_protected(s, result);
     }
     if (is(s, "protect") && w->off && s->conn) {
         struct lb_error err = LB_ERROR_INIT;
@@ -358,7 +432,7 @@ static bool hosts_left(struct daemon *d, struct ward *w)
 
     if (!lb_wish_load(d->opt.state_dir, w->vm, wish, NULL) &&
         !lb_hosts_load(d->opt.state_dir, &hosts, NULL))
-        v = candidates(wish, &hosts, w->lost, &n);
+        v = candidates(wish, &hosts, w->prefer, w->lost, &n);
     lb_hosts_free(&hosts);
     return w->tried < n;
 }
@@ -392,7 +466,12 @@ static void lost_backup(struct session *s, struct ward *w)
     w->failures = lasted ? 0 : w->failures + 1;
     if (s->protected_ns) {
         w->tried = 0;
+        w->prefer[0] = '\0';
         snprintf(w->lost, sizeof(w->lost), "%s", s->peer);
+    } else if (another_may_do(s->error.code) && hosts_left(d, w)) {
+        w->failures = 0; /* it is that host's fault: the next one at once */
+    } else {
+        lb_rehome_unprotected(d, s->vm, &s->error);
     }
     if (strstr(s->error.message, s->peer))
         snprintf(w->why, sizeof(w->why), "%s", s->error.message);
@@ -427,6 +506,10 @@ static void primary_ended(struct session *s)
     /* Without a wish it does not matter why there is no backup any more. */
     if (off || (alone && !has_wish(d, s->vm)))
         lb_clients_settle(d, s->vm, LB_WAIT_OFF, result, NULL);
+    if (s->protected_ns && (off || alone))
+        gap_begins(d, w);
+    if (lb_rehome_ended(s, off || alone))
+        return;
     if (!e.code) {
         if (off)
             lb_fail(&e, LB_E_CANCELLED, "the protection of VM %s was ended", s->vm);
@@ -442,6 +525,19 @@ static void primary_ended(struct session *s)
         lb_clients_settle(d, s->vm, LB_WAIT_PROTECTED, NULL, &e);
 }
 
+/* It runs here now: protected onward at once, and not by the host that it came from, which has failed or does not
+ * want it. */
+static void came_from(struct session *s)
+{
+    struct ward *w = ward_of(s->d, s->vm);
+
+    w->tried = w->failures = 0;
+    w->next_ns = 0;
+    w->prefer[0] = '\0';
+    snprintf(w->lost, sizeof(w->lost), "%s", s->peer);
+    note_gap(s->d, w);
+}
+
 static void backup_ended(struct session *s)
 {
     bool promoted = !strcmp(s->end, "promoted");
@@ -450,10 +546,8 @@ static void backup_ended(struct session *s)
     json_t *o;
 
     if (promoted) {
-        /* Protected onward at once, and not by the host that has just failed. */
-        w->tried = w->failures = 0;
-        w->next_ns = 0;
-        snprintf(w->lost, sizeof(w->lost), "%s", s->peer);
+        came_from(s);
+        gap_begins(s->d, w);
         o = event_to_json(s);
         json_object_set_new(o, "promoted", json_true());
         LB_AUTO_FREE char *json = lb_json_dump(o);
@@ -501,7 +595,11 @@ static void recovery_ended(struct session *s)
 
 void lb_protect_ended(struct session *s)
 {
-    if (is(s, "protect"))
+    if (is(s, "in") && !s->error.code && has_wish(s->d, s->vm))
+        came_from(s);
+    if (is(s, "check"))
+        lb_rehome_checked(s);
+    else if (is(s, "protect"))
         primary_ended(s);
     else if (is(s, "backup"))
         backup_ended(s);
@@ -551,7 +649,7 @@ static int fill_backups(const Lb__RpcProtect *r, const char *configured, const s
         LB_AUTO_FREE const struct lb_host **v = NULL;
         unsigned n;
 
-        v = candidates(w, hosts, "", &n);
+        v = candidates(w, hosts, "", "", &n);
         if (!n) {
             lb_fail(err, LB_E_NOT_FOUND, "no trusted host with an address is known here");
             return lb_remedy(err, "`lifeboat host trust` one; name it with --backup");
@@ -649,6 +747,10 @@ void lb_op_protect(struct daemon *d, struct client *c, const Lb__RpcProtect *r)
     struct lb_error err = LB_ERROR_INIT;
     struct ward *w;
 
+    if (r->change && lb_protect_wanted(d, r->name)) {
+        lb_op_change_backup(d, c, r);
+        return;
+    }
     if (check_protectable(d, r->name, &err) || fill_wish(d, r, wish, &err) ||
         lb_wish_save(d->opt.state_dir, r->name, wish, &err)) {
         lb_client_failure(c, &err, NULL);
@@ -659,8 +761,45 @@ void lb_op_protect(struct daemon *d, struct client *c, const Lb__RpcProtect *r)
     w->off = false;
     w->tried = w->failures = 0;
     w->next_ns = 0;
-    w->lost[0] = '\0';
+    w->prefer[0] = w->lost[0] = '\0';
     lb_client_wait(c, r->name, LB_WAIT_PROTECTED, 0, NULL);
+    try_next(d, w);
+}
+
+/* ------------------------------------------------------------------- for rehome.c */
+
+int lb_protect_backups(struct daemon *d, const Lb__RpcProtect *r, struct lb_protect_wish *out,
+                       struct lb_error *err)
+{
+    struct lb_hosts hosts = {0};
+    int rc = lb_hosts_load(d->opt.state_dir, &hosts, err);
+
+    if (!rc)
+        rc = fill_backups(r, "", &hosts, out, err);
+    lb_hosts_free(&hosts);
+    return rc;
+}
+
+void lb_protect_end_for_now(struct daemon *d, const char *vm)
+{
+    struct session *s = lb_session_of_vm(d, vm);
+    struct ward *w = ward_of(d, vm);
+    struct lb_error err = LB_ERROR_INIT;
+
+    gap_begins(d, w);
+    /* One that is connecting again is told when it speaks. */
+    w->off = lb_session_order_cancel(s, &err) != 0;
+}
+
+void lb_protect_next(struct daemon *d, const char *vm, const char *prefer, const char *lost)
+{
+    struct ward *w = ward_of(d, vm);
+
+    w->first = w->off = false;
+    w->tried = w->failures = 0;
+    w->next_ns = 0;
+    snprintf(w->prefer, sizeof(w->prefer), "%s", prefer);
+    snprintf(w->lost, sizeof(w->lost), "%s", lost);
     try_next(d, w);
 }
 
@@ -675,6 +814,11 @@ static int check_unprotectable(struct daemon *d, const char *vm, const struct lb
         lb_fail(err, LB_E_STATE, "here is only the standby of VM %s", vm);
         return lb_remedy(err, "`lifeboat unprotect %s` on host %s, where it runs", vm,
                          s ? s->peer : e->peer);
+    }
+    if (is(s, "out")) {
+        lb_fail(err, LB_E_STATE, "VM %s is being migrated to host %s, where it is to be protected again", vm,
+                s->peer);
+        return lb_remedy(err, "`lifeboat unprotect %s` there, or `lifeboat cancel %s` here first", vm, vm);
     }
     if (!lb_protect_wanted(d, vm) && e->state != LB_VM_PROTECTED) {
         lb_fail(err, LB_E_STATE, "VM %s is not protected", vm);
@@ -702,6 +846,7 @@ void lb_op_unprotect(struct daemon *d, struct client *c, const char *vm,
         lb_client_failure(c, &err, NULL);
         return;
     }
+    lb_rehome_drop(d, vm);
     lb_client_wait(c, vm, LB_WAIT_OFF, UNPROTECT_TIMEOUT_S, then);
     if (!is(s, "protect")) {
         json_t *o = json_object();
@@ -776,6 +921,7 @@ static json_t *without_session(struct daemon *d, const struct lb_vm_entry *e)
     json_object_set_new(o, "state", json_string(waits ? "waiting" : "recovering"));
     json_object_set_new(o, "retry_s", json_real(next > now ? (double)(next - now) / 1e9 : 0));
     json_object_set_new(o, "note", lb_json_text(waits && w ? w->why : e->note));
+    add_gap(d, e->name, o);
     return o;
 }
 

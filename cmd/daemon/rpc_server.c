@@ -268,6 +268,17 @@ void lb_clients_settle(struct daemon *d, const char *vm, enum lb_wait what, cons
     }
 }
 
+void lb_clients_pass_on(struct daemon *d, const char *vm, enum lb_wait what, struct session *s)
+{
+    struct client *c;
+
+    LIST_FOREACH (c, &d->clients, link)
+        if (c->wait == what && !strcmp(c->vm, vm)) {
+            c->wait = LB_WAIT_NONE;
+            lb_client_watch(c, s, true);
+        }
+}
+
 static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
 {
     struct daemon *d = c->d;
@@ -276,7 +287,7 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
     struct lb_hosts hosts = {0};
     struct lb_vm_entry e;
     struct session *s;
-    bool known;
+    bool known, is_protected;
 
     if (lb_vm_entry_load(d->opt.state_dir, r->name, &e, &err) ||
         lb_hosts_load(d->opt.state_dir, &hosts, &err)) {
@@ -286,6 +297,7 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
     known = lb_hosts_by_name(&hosts, r->host) != NULL;
     lb_hosts_free(&hosts);
     s = lb_session_of_vm(d, r->name);
+    is_protected = s && !strcmp(s->role, "protect");
     if (lb_protect_refuse(d, &e, "migrate", &err) || lb_ckpt_refuse(d, &e, &err)) {
         /* err says it */
     } else if (!known) {
@@ -296,7 +308,7 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
         lb_fail(&err, LB_E_STATE, "VM %s is already being migrated to host %s", r->name, s->peer);
         lb_remedy(&err, "`lifeboat status %s` shows how far it is, `lifeboat cancel %s` stops it",
                   r->name, r->name);
-    } else if (lb_session_blocks(s, &e) || e.state == LB_VM_MIGRATING_OUT ||
+    } else if ((lb_session_blocks(s, &e) && !is_protected) || e.state == LB_VM_MIGRATING_OUT ||
                e.state == LB_VM_HANDED_OVER || (!s && e.state == LB_VM_INCOMING)) {
         /* One that has just come in may go on at once: the session waits for its lock. */
         lb_fail(&err, LB_E_STATE, "VM %s is %s%s", r->name, lb_vm_state_name(e.state),
@@ -316,6 +328,10 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
     }
     if (r->preflight_only)
         o->dry_run = true;
+    if (is_protected) {
+        lb_op_move(d, c, r);
+        return;
+    }
     s = lb_session_spawn(d, "out", r->name, r->host, o, -1, &err);
     if (!s) {
         lb_client_failure(c, &err, NULL);
@@ -475,6 +491,9 @@ static bool dispatch(struct client *c, const Lb__RpcRequest *r)
         return false;
     case LB__RPC_REQUEST__KIND_FAILOVER:
         lb_op_failover(d, c, r->failover);
+        return false;
+    case LB__RPC_REQUEST__KIND_ASK:
+        lb_op_ask(d, c, r->ask);
         return false;
     case LB__RPC_REQUEST__KIND_TOP:
         answer(c, lb_op_top(d, &err), &err);

@@ -3,7 +3,8 @@
  *
  *   main thread    out: lb_migrate_out, in: lb_serve_channel, recover: lb_recover_vm,
  *                  protect: lb_protect_run, backup: lb_backup_serve (role in, until it turns out);
- *                  checkpoint, restore, fill, clone: ckpt_session.c, catalog: ckpt_catalog.c
+ *                  checkpoint, restore, fill, clone: ckpt_session.c, catalog: ckpt_catalog.c;
+ *                  ask, check, and role in when another host asks for something: ask.c
  *   link thread    keeps the connection to the supervisor: says who we are, sends events and the
  *                  result, takes orders (cancel) and bulk connections
  *
@@ -29,6 +30,7 @@
 #include <netdb.h>
 
 #include "core/qemu/qemu.h"
+#include "migrate/preflight.h"
 #include "remus/remus.h"
 
 #define START_FD 3
@@ -55,6 +57,7 @@ struct sess {
 
     /* main thread only */
     bool promoted;             /* role backup: the VM runs here */
+    bool asked;                /* role in: it was another host's Ask */
 
     /* locked by mu */
     pthread_mutex_t mu;
@@ -472,6 +475,11 @@ void lb_sess_set_role(struct sess *s, const char *role)
     set_name(s, s->role, sizeof(s->role), role);
 }
 
+void lb_sess_set_peer(struct sess *s, const char *host)
+{
+    set_name(s, s->peer, sizeof(s->peer), host);
+}
+
 void lb_sess_open_log(struct sess *s)
 {
     open_log(s, s->id);
@@ -489,10 +497,69 @@ void lb_sess_running(struct sess *s, char *json)
 
 /* --------------------------------------------------------------------- the work */
 
-static int serve_backup(const struct lb_session_env *base, struct lb_chan *chan, const char *peer,
-                        Lb__Control *first, char *vm_name, struct lb_error *err);
+static int serve_other(const struct lb_session_env *base, struct lb_chan *chan, const char *peer,
+                       Lb__Control *first, char *vm_name, struct lb_error *err);
 
-static struct lb_session_env env_of(struct sess *s, const struct lb_identity *id)
+/* Is there a host here that may be the backup of a VM with this wish, once the VM has come from s->peer? */
+static bool somebody_else(struct sess *s, const struct lb_protect_wish *w)
+{
+    struct lb_hosts hosts = {0};
+    bool found = false;
+
+    if (lb_hosts_load(s->start->state_dir, &hosts, NULL))
+        return false;
+    for (unsigned i = 0; i < hosts.n && !found; i++) {
+        found = hosts.v[i].address[0] && strcmp(hosts.v[i].name, s->peer) && !w->n_backups;
+        for (unsigned k = 0; k < w->n_backups && !found; k++)
+            found = hosts.v[i].address[0] && strcmp(hosts.v[i].name, s->peer) &&
+                    !strcmp(hosts.v[i].name, w->backups[k]);
+    }
+    lb_hosts_free(&hosts);
+    return found;
+}
+
+/* false: nothing to add. */
+static bool add_peer(const struct sess *s, struct lb_protect_wish *w)
+{
+    for (unsigned i = 0; i < w->n_backups; i++)
+        if (!strcmp(w->backups[i], s->peer))
+            return false;
+    if (!w->n_backups || w->n_backups == LB_PROTECT_MAX_BACKUPS)
+        return false;
+    snprintf(w->backups[w->n_backups++], sizeof(w->backups[0]), "%s", s->peer);
+    return true;
+}
+
+/* What is said about a VM that is to be protected again when it has come here. */
+static void check_wish(const char *json, struct lb_report *rep, void *arg)
+{
+    LB_AUTO_FREE struct lb_protect_wish *w = lb_alloc(sizeof(*w));
+    struct lb_error err = LB_ERROR_INIT;
+    struct sess *s = arg;
+
+    if (lb_wish_parse(json, w, &err))
+        lb_report_add(rep, "protection", LB_CHECK_FAIL, "use the same version of Lifeboat on both hosts", "%s",
+                      err.message);
+    else if (somebody_else(s, w))
+        lb_report_add(rep, "protection", LB_CHECK_OK, NULL, "it is protected again when it has come");
+    else
+        lb_report_add(rep, "protection", LB_CHECK_WARN, "`lifeboat host trust` another one here",
+                      "only host %s can be its backup: it runs unprotected for as long as that refuses", s->peer);
+}
+
+/* The host that it comes from may be its backup next time. */
+static int keep_wish(const char *vm, const char *json, struct lb_error *err, void *arg)
+{
+    LB_AUTO_FREE struct lb_protect_wish *w = lb_alloc(sizeof(*w));
+    struct sess *s = arg;
+
+    if (lb_wish_parse(json, w, err))
+        return -1;
+    add_peer(s, w);
+    return lb_wish_save(s->start->state_dir, vm, w, err);
+}
+
+struct lb_session_env lb_sess_env(struct sess *s, const struct lb_identity *id)
 {
     struct lb_session_env e = {
         .state_dir = s->start->state_dir,
@@ -506,7 +573,9 @@ static struct lb_session_env env_of(struct sess *s, const struct lb_identity *id
         .take_conn = take_conn,
         .arg = s,
         .config_path = s->start->config_path,
-        .serve_other = serve_backup,
+        .check_wish = check_wish,
+        .keep_wish = keep_wish,
+        .serve_other = serve_other,
     };
 
     lb_unhex(e.session_id, sizeof(e.session_id), s->id);
@@ -549,7 +618,7 @@ static int fill_options(const Lb__SessionStart *m, struct lb_migrate_opts *o, st
     return 0;
 }
 
-static void add_checks(struct sess *s, char **json)
+void lb_sess_add_checks(struct sess *s, char **json)
 {
     json_t *o = json_loads(*json, 0, NULL), *p;
 
@@ -565,11 +634,29 @@ static void add_checks(struct sess *s, char **json)
     json_decref(p);
 }
 
+/* The wish that goes with the VM; *json NULL: none. */
+static int load_wish(struct sess *s, char **json, struct lb_error *err)
+{
+    LB_AUTO_FREE struct lb_protect_wish *w = lb_alloc(sizeof(*w));
+    struct lb_error why = LB_ERROR_INIT;
+
+    *json = NULL;
+    if (!lb_wish_load(s->start->state_dir, s->vm, w, &why)) {
+        *json = lb_wish_json(w);
+        return 0;
+    }
+    if (why.code == LB_E_NOT_FOUND)
+        return 0;
+    if (err)
+        *err = why;
+    return -1;
+}
+
 /* *json: the result, also of a failure that got as far as the engine. */
 static int migrate_out(struct sess *s, const struct lb_identity *id, char **json,
                        struct lb_error *err)
 {
-    struct lb_session_env env = env_of(s, id);
+    struct lb_session_env env = lb_sess_env(s, id);
     struct lb_migrate_opts opts;
     struct lb_migrate_result res;
     struct lb_hosts hosts = {0};
@@ -577,6 +664,7 @@ static int migrate_out(struct sess *s, const struct lb_identity *id, char **json
     struct lb_vm_entry e;
     struct lb_error he = LB_ERROR_INIT;
     uint64_t started = lb_wall_ms();
+    LB_AUTO_FREE char *wish = NULL;
     int rc;
 
     open_log(s, s->id);
@@ -596,7 +684,7 @@ static int migrate_out(struct sess *s, const struct lb_identity *id, char **json
     }
     if (e.state != LB_VM_RUNNING)
         return lb_fail(err, LB_E_STATE, "VM %s is %s", s->vm, lb_vm_state_name(e.state));
-    if (lb_hosts_load(env.state_dir, &hosts, err))
+    if (load_wish(s, &wish, err) || lb_hosts_load(env.state_dir, &hosts, err))
         return -1;
     to = lb_hosts_by_name(&hosts, s->peer);
     if (!to) {
@@ -605,6 +693,7 @@ static int migrate_out(struct sess *s, const struct lb_identity *id, char **json
     }
     lb_log(LB_LOG_INFO, "%s to %s (%s)", opts.dry_run ? "preflight" : "migration", to->name,
            to->address);
+    opts.wish_json = wish;
     rc = lb_migrate_out(&env, &e, to, &opts, &res, err);
     lb_hosts_free(&hosts);
     *json = lb_migrate_result_json(&e, s->peer, "out", started, &res);
@@ -613,7 +702,7 @@ static int migrate_out(struct sess *s, const struct lb_identity *id, char **json
         lb_log_error(LB_LOG_WARN, &he);
     /* The report is the result of a dry run, and the reason of a refusal. */
     if (*json && (opts.dry_run || (rc && err->code == LB_E_PREFLIGHT)))
-        add_checks(s, json);
+        lb_sess_add_checks(s, json);
     return rc;
 }
 
@@ -661,7 +750,7 @@ static int protect(struct sess *s, const struct lb_identity *id, char **json, st
 {
     static const struct lb_protect_status beginning = {.role = "primary", .state = "connecting"};
     LB_AUTO_FREE struct lb_protect_wish *wish = lb_alloc(sizeof(*wish));
-    struct lb_session_env base = env_of(s, id);
+    struct lb_session_env base = lb_sess_env(s, id);
     struct lb_remus_env env = remus_env_of(s, &base);
     struct lb_protect_status first = beginning;
     enum lb_protect_end how = LB_PROTECT_FAILED;
@@ -688,21 +777,12 @@ static void remember_peer(struct sess *s)
     LB_AUTO_FREE struct lb_protect_wish *w = lb_alloc(sizeof(*w));
     struct lb_error err = LB_ERROR_INIT;
 
-    if (lb_wish_load(s->start->state_dir, s->vm, w, &err)) {
-        lb_log_error(LB_LOG_WARN, &err);
-        return;
-    }
-    for (unsigned i = 0; i < w->n_backups; i++)
-        if (!strcmp(w->backups[i], s->peer))
-            return;
-    if (!w->n_backups || w->n_backups == LB_PROTECT_MAX_BACKUPS)
-        return;
-    snprintf(w->backups[w->n_backups++], sizeof(w->backups[0]), "%s", s->peer);
-    if (lb_wish_save(s->start->state_dir, s->vm, w, &err))
+    if (lb_wish_load(s->start->state_dir, s->vm, w, &err) ||
+        (add_peer(s, w) && lb_wish_save(s->start->state_dir, s->vm, w, &err)))
         lb_log_error(LB_LOG_WARN, &err);
 }
 
-/* serve_other of the environment: what came in is the beginning of a protection. */
+/* What came in is the beginning of a protection. */
 static int serve_backup(const struct lb_session_env *base, struct lb_chan *chan, const char *peer,
                         Lb__Control *first, char *vm_name, struct lb_error *err)
 {
@@ -710,15 +790,24 @@ static int serve_backup(const struct lb_session_env *base, struct lb_chan *chan,
     struct lb_remus_env env = remus_env_of(s, base);
     int rc;
 
-    pthread_mutex_lock(&s->mu);
-    snprintf(s->role, sizeof(s->role), "backup");
-    s->hello_due = true;
-    pthread_mutex_unlock(&s->mu);
-    wake(s);
+    if (!first->migrate_request->dry_run)
+        lb_sess_set_role(s, "backup");
     rc = lb_backup_serve(&env, chan, peer, first, vm_name, &s->promoted, err);
     if (!rc && s->promoted)
         remember_peer(s);
     return rc;
+}
+
+static int serve_other(const struct lb_session_env *base, struct lb_chan *chan, const char *peer,
+                       Lb__Control *first, char *vm_name, struct lb_error *err)
+{
+    struct sess *s = base->arg;
+
+    if (first->kind_case == LB__CONTROL__KIND_ASK) {
+        s->asked = true;
+        return lb_serve_ask(s, chan, peer, first->ask, err);
+    }
+    return serve_backup(base, chan, peer, first, vm_name, err);
 }
 
 static bool trusted(const uint8_t pub[LB_KEY_BYTES], void *arg)
@@ -743,7 +832,7 @@ static void describe_peer(int fd, char out[128])
 static int serve_in(struct sess *s, const struct lb_identity *id, char **json,
                     struct lb_error *err)
 {
-    struct lb_session_env env = env_of(s, id);
+    struct lb_session_env env = lb_sess_env(s, id);
     struct lb_hosts hosts = {0};
     const struct lb_host *h;
     struct lb_chan *chan = NULL;
@@ -771,6 +860,8 @@ static int serve_in(struct sess *s, const struct lb_identity *id, char **json,
     set_fields(s);
     rc = lb_serve_channel(&env, chan, s->peer, vm, err);
     lb_chan_close(chan);
+    if (s->asked)
+        return rc;
     if (!vm[0]) {
         /* A question (is it there, what became of it): not worth a log file of its own. */
         LB_AUTO_FREE char *path = lb_asprintf("%s/log/%s.log", env.state_dir, s->id);
@@ -877,7 +968,7 @@ static int begin(struct sess *s, struct lb_error *err)
 
 typedef int work_fn(struct sess *s, char **json, struct lb_error *err);
 
-/* The roles that talk to no other host. */
+/* The roles whose work is elsewhere. */
 static work_fn *work_of(const char *role)
 {
     static const struct {
@@ -887,7 +978,8 @@ static work_fn *work_of(const char *role)
         {"checkpoint", lb_work_checkpoint}, {"scheduled", lb_work_checkpoint},
         {"restore", lb_work_restore},       {"fill", lb_work_fill},
         {"clone", lb_work_clone},           {"catalog", lb_work_catalog},
-        {"plan", lb_work_plan},
+        {"plan", lb_work_plan},             {"ask", lb_work_ask},
+        {"check", lb_work_check},
     };
 
     for (size_t i = 0; i < LB_ARRAY_LEN(works); i++)
@@ -896,13 +988,19 @@ static work_fn *work_of(const char *role)
     return NULL;
 }
 
+/* Is its work to talk to other hosts? */
+static bool asks(const char *role)
+{
+    return !strcmp(role, "ask") || !strcmp(role, "check") || !strcmp(role, "plan");
+}
+
 /* No error reaches an operator without a word on what to do; errors of deep layers
  * cannot know it. */
 static void add_remedy(struct sess *s, struct lb_error *err)
 {
     if (err->remedy[0])
         return;
-    if (work_of(s->start->role)) {
+    if (work_of(s->start->role) && !asks(s->start->role)) {
         if (err->code == LB_E_AUTH)
             lb_remedy(err, "give the key with which it was made: --key or --passphrase");
         else

@@ -18,11 +18,16 @@ int lb_sess_cancel_fd(const struct sess *s);
 /* From now on it is this VM's session, or one of this role: the supervisor is told. */
 void lb_sess_set_vm(struct sess *s, const char *vm);
 void lb_sess_set_role(struct sess *s, const char *role);
+void lb_sess_set_peer(struct sess *s, const char *host);
+/* What the engines are given; id must outlive it. */
+struct lb_session_env lb_sess_env(struct sess *s, const struct lb_identity *id);
 /* Log to STATE_DIR/log/SESSION.log. */
 void lb_sess_open_log(struct sess *s);
 /* Events; take the text. */
 void lb_sess_progress(struct sess *s, char *json);
 void lb_sess_running(struct sess *s, char *json);
+/* To a result of the engines (JSON object, replaced): the checks of the preflight that was shown. */
+void lb_sess_add_checks(struct sess *s, char **json);
 
 /* ---- the work: 0 and *json (malloc'ed), or -1, *err and perhaps *json */
 /* ckpt_session.c */
@@ -36,5 +41,10 @@ int lb_work_catalog(struct sess *s, char **json, struct lb_error *err);
 int lb_work_plan(struct sess *s, char **json, struct lb_error *err);
 /* ask.c: what the asked host answered */
 int lb_work_ask(struct sess *s, char **json, struct lb_error *err);
+/* the result of a dry run: of a protected VM, which goes on being protected */
+int lb_work_check(struct sess *s, char **json, struct lb_error *err);
+/* The channel of a session of role "in" whose first message was Ask. */
+int lb_serve_ask(struct sess *s, struct lb_chan *c, const char *peer, const Lb__Ask *ask,
+                 struct lb_error *err);
 
 #endif

@@ -552,6 +552,7 @@ static struct session *spawn(struct daemon *d, Lb__SessionStart *m, int conn, st
     m->session_id = (ProtobufCBinaryData){sizeof(id), id};
     m->state_dir = d->opt.state_dir;
     m->config_path = d->opt.config_path;
+    m->socket = d->opt.socket;
     m->log_level = d->opt.log_level;
     LB_AUTO_FD int start_fd = start_file(m, err);
     if (start_fd < 0)

@@ -30,7 +30,8 @@ def on_and_off(t, cluster):
     text = cluster.da.cli("status", NAME).stdout
     t.ok("protected" in text and "b" in text, "status says it in words", text)
     refused = cluster.da.cli("migrate", NAME, "c", check=False)
-    t.ok(refused.returncode != 0 and "unprotect" in refused.stderr, "a protected VM is not migrated, and why", refused.stderr)
+    t.ok(refused.returncode != 0 and "disks" in refused.stderr, "it is not migrated to where its disks are not, and why", refused.stderr)
+    t.equal(cluster.protection("a")["state"], "protected", "which was found out without ending its protection")
     counter.wait_flowing()
     cluster.da.cli("unprotect", NAME)
     t.equal(cluster.da.vms()[NAME]["state"], "running", "unprotect: an ordinary VM again")
