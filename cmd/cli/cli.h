@@ -32,7 +32,7 @@ extern const struct lb_cmd lb_cmd_run, lb_cmd_adopt, lb_cmd_release, lb_cmd_ls, 
     lb_cmd_show, lb_cmd_stop, lb_cmd_migrate, lb_cmd_cancel, lb_cmd_recover, lb_cmd_preflight,
     lb_cmd_history, lb_cmd_host, lb_cmd_protect, lb_cmd_unprotect, lb_cmd_failover, lb_cmd_top,
     lb_cmd_suspend, lb_cmd_resume, lb_cmd_checkpoint, lb_cmd_restore, lb_cmd_clone, lb_cmd_plan,
-    lb_cmd_evacuate, lb_cmd_maintenance;
+    lb_cmd_evacuate, lb_cmd_maintenance, lb_cmd_ask;
 
 /* ---- arguments */
 
@@ -120,6 +120,8 @@ void lb_print_protection(const json_t *p);
 /* "protected", "62% pre-copy", ...; buf is returned. */
 const char *lb_protect_state(const json_t *p, char *buf, size_t n);
 
+/* status.c: the answer of `status`, of this host or of another one. */
+void lb_show_status(const json_t *o);
 /* restore.c: what comes of a restore or resume, and its event "running". */
 void lb_show_restored(const json_t *o);
 void lb_show_running(const json_t *ev);

@@ -9,7 +9,8 @@ static const struct lb_cmd *const cmds[] = {
     &lb_cmd_show,   &lb_cmd_stop,   &lb_cmd_migrate, &lb_cmd_preflight, &lb_cmd_cancel,
     &lb_cmd_recover, &lb_cmd_history, &lb_cmd_protect, &lb_cmd_unprotect, &lb_cmd_failover,
     &lb_cmd_top,    &lb_cmd_suspend, &lb_cmd_resume, &lb_cmd_checkpoint, &lb_cmd_restore,
-    &lb_cmd_clone,  &lb_cmd_evacuate, &lb_cmd_maintenance, &lb_cmd_plan,  &lb_cmd_host,
+    &lb_cmd_clone,  &lb_cmd_evacuate, &lb_cmd_maintenance, &lb_cmd_plan,  &lb_cmd_ask,
+    &lb_cmd_host,
 };
 
 static struct lb_cli cli;

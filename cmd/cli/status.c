@@ -80,7 +80,7 @@ static void progress(const json_t *p)
     line("", lb_jstr(p, "note"));
 }
 
-static void show(const json_t *o)
+void lb_show_status(const json_t *o)
 {
     const json_t *running = json_object_get(o, "running"), *s = json_object_get(o, "session");
     const json_t *p = json_object_get(s, "progress");
@@ -119,7 +119,7 @@ static int run(struct lb_cli *cli, int argc, char **argv)
     m.name = (char *)a.name;
     r.kind_case = LB__RPC_REQUEST__KIND_STATUS;
     r.status = &m;
-    return lb_ask(cli, &r, show);
+    return lb_ask(cli, &r, lb_show_status);
 }
 
 const struct lb_cmd lb_cmd_status = {"status", "NAME", "Show the state of a VM", run};
