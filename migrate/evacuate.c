@@ -244,6 +244,8 @@ static bool valid_plan(const json_t *plan)
 
     if (!json_is_array(steps) || !json_is_array(stays) || !json_is_array(hosts))
         return false;
+    if (!valid_name(plan, "id"))
+        return false;
     json_array_foreach (steps, i, v)
         if (!valid_name(v, "vm") || !valid_name(v, "from") || !kind_of(json_string_value(json_object_get(v, "kind")), &kind) ||
             (kind != LB_EVAC_SUSPEND && !valid_name(v, "to")))
@@ -406,6 +408,7 @@ int lb_evac_planned(struct lb_evac *e, const json_t *plan, uint64_t now_ms, stru
         return lb_remedy(err, "this should never happen: keep the log of lifeboatd and report it");
     }
     lb_json_get_string(plan, "id", e->id, sizeof(e->id));
+    lb_json_get_string(plan, "host", e->host, sizeof(e->host));
     lb_json_get_u64(plan, "parallel", 1000, &parallel);
     e->parallel = e->opts.parallel ? e->opts.parallel : LB_MAX((uint32_t)parallel, 1u);
     e->margin = LB_MAX(number(plan, "margin"), 1);

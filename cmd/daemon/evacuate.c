@@ -22,7 +22,6 @@
  */
 #include "cmd/daemon/daemon.h"
 
-#include <sodium.h>
 #include <string.h>
 
 #include "migrate/evacuate.h"
@@ -264,16 +263,8 @@ static struct session *spawn_planner(struct daemon *d, const struct lb_evac *e, 
     return s;
 }
 
-static void set_plan(struct evacuation *v, json_t *plan)
+static void keep_plan(struct evacuation *v, const json_t *plan)
 {
-    uint8_t id[8];
-    char hex[2 * sizeof(id) + 1];
-
-    randombytes_buf(id, sizeof(id));
-    lb_hex(hex, id, sizeof(id));
-    json_object_set_new(plan, "event", json_string("plan"));
-    json_object_set_new(plan, "id", json_string(hex));
-    json_object_set_new(plan, "host", lb_json_text(v->e->host));
     free(v->plan);
     v->plan = json_dumps(plan, JSON_COMPACT | JSON_REAL_PRECISION(12));
     v->planned_ns = lb_now_ns();
@@ -285,10 +276,8 @@ static void planned(struct daemon *d, struct session *s)
     json_t *o = s->result ? json_loads(s->result, 0, NULL) : NULL, *plan = json_object_get(o, "plan");
     struct lb_error err = s->error;
 
-    if (!err.code && json_is_object(plan))
-        set_plan(v, plan);
-    if (!err.code)
-        lb_evac_planned(v->e, plan, now_ms(), &err);
+    if (!err.code && !lb_evac_planned(v->e, plan, now_ms(), &err))
+        keep_plan(v, plan);
     json_decref(o);
     if (v->showing) {
         v->showing = false;

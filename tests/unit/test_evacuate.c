@@ -949,10 +949,11 @@ static void test_damage(void **state)
 static void test_bad_plans(void **state)
 {
     static const char *const texts[] = {
-        "{}", "[]", "{\"steps\":[],\"stays\":[]}", "{\"steps\":[{}],\"stays\":[],\"hosts\":[]}",
-        "{\"steps\":[{\"vm\":\"v\",\"kind\":\"copy\",\"from\":\"a\"}],\"stays\":[],\"hosts\":[]}",
-        "{\"steps\":[{\"vm\":\"v\",\"kind\":\"dance\",\"from\":\"a\",\"to\":\"b\"}],\"stays\":[],\"hosts\":[]}",
-        "{\"steps\":[],\"stays\":[{}],\"hosts\":[]}", "{\"steps\":[],\"stays\":[],\"hosts\":[{\"name\":\"\"}]}",
+        "{}", "[]", "{\"steps\":[],\"stays\":[]}", "{\"steps\":[{}],\"id\":\"x\",\"stays\":[],\"hosts\":[]}",
+        "{\"steps\":[],\"stays\":[],\"hosts\":[]}",
+        "{\"id\":\"x\",\"steps\":[{\"vm\":\"v\",\"kind\":\"copy\",\"from\":\"a\"}],\"stays\":[],\"hosts\":[]}",
+        "{\"id\":\"x\",\"steps\":[{\"vm\":\"v\",\"kind\":\"dance\",\"from\":\"a\",\"to\":\"b\"}],\"stays\":[],\"hosts\":[]}",
+        "{\"steps\":[],\"id\":\"x\",\"stays\":[{}],\"hosts\":[]}", "{\"steps\":[],\"stays\":[],\"id\":\"x\",\"hosts\":[{\"name\":\"\"}]}",
     };
     (void)state;
 
