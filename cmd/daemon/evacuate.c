@@ -344,9 +344,13 @@ static struct lb_evac_progress progress_of(const json_t *o, const char *state)
 static void take_progress(struct daemon *d, struct lb_evac_item *it, const struct session *s)
 {
     struct lb_evac *e = d->evacuation->e;
-    json_t *o = s->progress ? json_loads(s->progress, 0, NULL) : NULL;
-    struct lb_evac_progress p = progress_of(o, s->state);
+    json_t *o;
+    struct lb_evac_progress p;
 
+    if (!strcmp(s->state, "failed")) /* how far it had come is what counts; its end is told apart */
+        return;
+    o = s->progress ? json_loads(s->progress, 0, NULL) : NULL;
+    p = progress_of(o, s->state);
     json_decref(o);
     if (it->kind == LB_EVAC_COPY && p.state == LB_EVAC_READY && it->state == LB_EVAC_SENDING)
         lb_evac_not_told(e, it); /* the go was lost on its way */
