@@ -322,6 +322,17 @@ class Evacuation(Command):
         """How many VMs have left, as far as it said."""
         return self.last().get("done", 0)
 
+    def story(self):
+        """What became of each VM, for a failure's message."""
+        lines, was = [], {}
+        for event in self.events:
+            for item in event.get("items", ()):
+                now = "%s to %s: %s (try %d) %s" % (item["vm"], item["to"], item["state"], item["tries"], item["message"])
+                if was.get(item["vm"]) != now:
+                    was[item["vm"]] = now
+                    lines.append("%6.1f %s %s" % (event["elapsed_s"], event["phase"], now))
+        return "\n".join(lines + self.text + [str({key: value for key, value in self.last().items() if key != "items"})])
+
     def wait(self, timeout_s=120):
         """(exit code, its last event); the command's own complaint is in .text."""
         try:
