@@ -367,6 +367,20 @@ static void take_note(struct lb_evac_view *v, FILE *f, const char *note)
     fputc('\n', f);
 }
 
+/* "web1 failed: ...": its item has a line that says more. */
+static bool is_of_item(const json_t *items, const char *note)
+{
+    size_t i, n;
+    json_t *item;
+
+    json_array_foreach (items, i, item) {
+        n = strlen(lb_jstr(item, "vm"));
+        if (!strncmp(note, lb_jstr(item, "vm"), n) && note[n] == ' ')
+            return true;
+    }
+    return false;
+}
+
 static void take_evacuation(struct lb_evac_view *v, FILE *f, const json_t *ev)
 {
     size_t i;
@@ -374,9 +388,11 @@ static void take_evacuation(struct lb_evac_view *v, FILE *f, const json_t *ev)
 
     snprintf(v->phase, sizeof(v->phase), "%s", lb_jstr(ev, "phase"));
     v->percent = LB_MIN(LB_MAX(v->percent, lb_jnum(ev, "percent")), 100.0);
-    take_note(v, f, lb_jstr(ev, "note"));
     json_array_foreach (json_object_get(ev, "items"), i, item)
         take_item(v, f, item);
+    if (is_of_item(json_object_get(ev, "items"), lb_jstr(ev, "note")))
+        snprintf(v->note, sizeof(v->note), "%s", lb_jstr(ev, "note"));
+    take_note(v, f, lb_jstr(ev, "note"));
     if (!v->begun)
         v->whole_s = lb_jnum(ev, "elapsed_s") + WHOLE_EVERY_S;
     v->begun = true;

@@ -187,10 +187,11 @@ static void end(struct replay *r)
 
 /* ----------------------------------------------------------------------------- a story */
 
-#define HEAD(phase, percent, s, eta, done, failed, left, active, bytes, rate) \
+#define HEAD(...) NOTED("", __VA_ARGS__)
+#define NOTED(note, phase, percent, s, eta, done, failed, left, active, bytes, rate) \
     "{\"event\":\"evacuation\",\"phase\":\"" phase "\",\"percent\":" percent ",\"elapsed_s\":" s ",\"eta_s\":" eta \
     ",\"vms\":4,\"done\":" done ",\"failed\":" failed ",\"left\":" left ",\"active\":" active ",\"bytes\":" bytes \
-    ",\"bytes_planned\":4294967296,\"throughput_bytes_per_s\":" rate ",\"note\":\"\",\"items\":["
+    ",\"bytes_planned\":4294967296,\"throughput_bytes_per_s\":" rate ",\"note\":\"" note "\",\"items\":["
 #define ITEM(vm, kind, from, to, state, percent, bytes, rate, eta, s, pause, tries, message, remedy) \
     "{\"vm\":\"" vm "\",\"kind\":\"" kind "\",\"from\":\"" from "\",\"to\":\"" to "\",\"state\":\"" state "\",\"percent\":" percent \
     ",\"bytes\":" bytes ",\"throughput_bytes_per_s\":" rate ",\"eta_s\":" eta ",\"elapsed_s\":" s ",\"downtime_ms\":" pause \
@@ -211,10 +212,10 @@ static const char *const story[] = {
         ITEM("web1", "copy", "a", "b", "done", "100", "1288490188", "0", "null", "4.1", "21", "1", "", "") ","
         ITEM("db", "swap", "a", "b", "done", "100", "0", "0", "null", "0.31", "45.5", "1", "", "") ","
         ITEM("web2", "copy", "a", "c", "sending", "5", "1048576", "1048576", "9", "8", "0", "1", "", "") "]}",
-    HEAD("replanning", "40", "13", "null", "2", "1", "1", "0", "1288490188", "0")
+    NOTED("web2 failed: host c has gone away", "replanning", "40", "13", "null", "2", "1", "1", "0", "1288490188", "0")
         ITEM("web2", "copy", "a", "c", "failed", "0", "0", "0", "null", "8.2", "0", "1", "host c has gone away", "see to it") "]}",
     "{\"event\":\"plan\",\"id\":\"2\",\"host\":\"a\",\"steps\":[{}],\"makespan_s\":6.5}",
-    HEAD("running", "38", "14", "5", "2", "0", "1", "1", "1288490188", "0")
+    NOTED("web2 failed: host c has gone away", "running", "38", "14", "5", "2", "0", "1", "1", "1288490188", "0")
         ITEM("web2", "copy", "a", "b", "setup", "0", "0", "0", "null", "0.1", "0", "2", "", "") "]}",
 };
 static const char story_end[] = HEAD("incomplete", "100", "18", "0", "3", "0", "1", "0", "2576980377", "0")
@@ -463,8 +464,8 @@ static void test_attached(void **state)
     begin(&r, false, 0, 0);
     event(&r, story[3]);
     assert_string_equal(r.out, "web2 -> c: begun\n");
-    event(&r, HEAD("cancelling", "41", "13", "null", "2", "0", "0", "0", "0", "0") WAITS("web2", "copy", "c") "]}");
-    assert_string_equal(r.out, "web2 -> c: begun\nweb2: stopped, it runs on where it was\n");
+    event(&r, NOTED("not the end", "cancelling", "41", "13", "null", "2", "0", "0", "0", "0", "0") WAITS("web2", "copy", "c") "]}");
+    assert_string_equal(r.out, "web2 -> c: begun\nweb2: stopped, it runs on where it was\n  not the end\n");
     end(&r);
 }
 
