@@ -493,6 +493,10 @@ static void print_sums(FILE *f, const json_t *o)
 {
     char span[32], bytes[32];
 
+    if (!json_array_size(json_object_get(o, "items"))) {
+        fputc('\n', f);
+        return;
+    }
     fprintf(f, " in %s, %s sent", lb_span(span, sizeof(span), lb_jnum(o, "elapsed_s") * 1000),
             lb_human_bytes(bytes, sizeof(bytes), lb_jnum(o, "bytes")));
     print_pauses(f, json_object_get(o, "items"));
@@ -509,7 +513,7 @@ void lb_evac_view_result(struct lb_evac_view *v, const json_t *o)
     done = vms_that(v, "done");
     left = vms_that(v, NULL) - done;
     if (v->returning) {
-        fprintf(v->f, "%u VM%s came back", done, done == 1 ? "" : "s");
+        fprintf(v->f, "maintenance mode is off; %u VM%s came back", done, done == 1 ? "" : "s");
         print_sums(v->f, o);
         if (!ok)
             fprintf(v->f, "%u did not; `lifeboat maintenance off --bring-back` tries it again\n", left);

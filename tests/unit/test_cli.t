@@ -212,6 +212,36 @@ for word in "--interval 0" "--interval 2s" "--lease 10ms" "--lease 61s" "--disk 
 done
 a "protect of two" 2 protect vm b --manual
 
+# ---- an evacuation of nothing
+a "maintenance status" 0 maintenance status --json
+json_has "o == {'maintenance': False, 'since_ms': 0, 'reason': '', 'left': []}"
+a "evacuate --dry-run" 0 evacuate --dry-run
+out_has "0 steps, 0 B sent"
+a "evacuate --dry-run changes nothing" 0 maintenance status
+out_has "maintenance mode is off"
+failure "evacuate without a terminal" 2 usage evacuate
+err_has "remedy: add --yes"
+failure "evacuate to a host that is not trusted" 3 not-found evacuate --dry-run --to ghost
+printf 'x*: 3\nghost: 1\n' >"$dir/priorities"
+failure "a priority of no VM" 3 not-found evacuate --dry-run --priority "$dir/priorities"
+err_has "$dir/priorities:2: there is no VM \"ghost\""
+printf '\n# who first\nx* 3\n' >"$dir/priorities"
+failure "a priority without a number" 2 usage evacuate --dry-run --priority "$dir/priorities"
+err_has "$dir/priorities:3: "
+printf '\n# who first\nx*: 3\n' >"$dir/priorities"
+a "a priority of none yet" 0 evacuate --dry-run --priority "$dir/priorities"
+failure "cancel of no evacuation" 5 state cancel --evacuation
+a "evacuate" 0 evacuate --yes
+out_has "is empty: 0 VMs"
+a "evacuate begins maintenance mode" 0 maintenance status
+out_has "evacuation"
+a "maintenance on" 0 maintenance on --reason "a new disk" --json
+json_has "o['maintenance'] and o['since_ms'] > 0 and o['reason'] == 'a new disk'"
+a "maintenance off --bring-back" 0 maintenance off --bring-back
+out_has "0 VMs came back"
+a "maintenance off" 0 maintenance off --json
+json_has "o['maintenance'] is False"
+
 # ---- checkpoints of nothing
 a "checkpoint ls" 0 checkpoint ls --json
 json_has "o == {'checkpoints': []}"

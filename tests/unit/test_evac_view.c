@@ -301,6 +301,7 @@ static void test_words_of_the_end(void **state)
              DONE("web1", "copy", "b", "20") "," DONE("web2", "swap", "b", "30.5") "," DONE("web2", "backup", "c", "0") "],\"ok\":true}",
          {"host a is empty: 2 VMs left it in 80.20 s, 4.0 GiB sent, paused 20.0 ms (median), 30.5 ms at most",
           "it takes no VM until `lifeboat maintenance off`; with --bring-back those that left return"}, false},
+        {HEAD("done", "100", "1", "0", "0", "0", "0", "0", "0", "0") "],\"ok\":true}", {"host a is empty: 0 VMs left it"}, false},
         {HEAD("cancelled", "50", "8", "null", "1", "0", "0", "0", "1073741824", "0")
              DONE("web1", "copy", "b", "20") "," WAITS("web2", "copy", "b") "],\"ok\":false}",
          {"cancelled: 1 VM left in 8.00 s, 1.0 GiB sent, paused 20.0 ms (median), 20.0 ms at most",
@@ -308,10 +309,10 @@ static void test_words_of_the_end(void **state)
         {HEAD("incomplete", "100", "8", "0", "4", "0", "0", "0", "1073741824", "0")
              ITEM("web1", "back", "b", "a", "done", "100", "1", "0", "null", "1", "0", "1", "", "") ","
              ITEM("web2", "back", "b", "a", "left", "0", "0", "0", "null", "0", "0", "1", "host b does not answer", "") "],\"ok\":false}",
-         {"1 VM came back in 8.00 s, 1.0 GiB sent", "1 did not; `lifeboat maintenance off --bring-back` tries it again",
+         {"maintenance mode is off; 1 VM came back in 8.00 s, 1.0 GiB sent", "1 did not; `lifeboat maintenance off --bring-back` tries it again",
           "  web2: host b does not answer"}, true},
         {HEAD("done", "100", "8", "0", "1", "0", "0", "0", "1", "0") ITEM("web1", "resume", "", "a", "done", "100", "1", "0", "null",
-             "1", "0", "1", "", "") "],\"ok\":true}", {"1 VM came back in 8.00 s, 1 B sent"}, true},
+             "1", "0", "1", "", "") "],\"ok\":true}", {"maintenance mode is off; 1 VM came back in 8.00 s, 1 B sent"}, true},
     };
 
     (void)state;
@@ -497,7 +498,8 @@ static void test_plan(void **state)
         "\"hosts\":[{\"name\":\"a\",\"memory_bytes\":8589934592,\"before_bytes\":2147483648,\"after_bytes\":0,\"parallel\":1},"
         "{\"name\":\"c\",\"memory_bytes\":8589934592,\"reserved_bytes\":268435456,\"before_bytes\":0,\"after_bytes\":1073741824,"
         "\"link_bytes_per_s\":125000000},"
-        "{\"name\":\"d\",\"memory_bytes\":0,\"before_bytes\":0,\"after_bytes\":0,\"error\":\"does not answer\"}]}");
+        "{\"name\":\"d\",\"memory_bytes\":0,\"before_bytes\":0,\"after_bytes\":0,\"error\":\"does not answer\",\"remedy\":\"see whether lifeboatd runs there\"},"
+        "{\"name\":\"e\",\"memory_bytes\":1,\"before_bytes\":0,\"after_bytes\":0,\"maintenance\":true}]}");
 
     (void)state;
     assert_string_equal(out,
@@ -508,8 +510,10 @@ static void test_plan(void **state)
         "HOST  MEMORY   BEFORE   AFTER    FREE     LINK         AT ONCE  NOTE\n"
         "a     8.0 GiB  2.0 GiB  0 B      8.0 GiB  -            1        -\n"
         "c     8.0 GiB  0 B      1.0 GiB  6.8 GiB  119.2 MiB/s  -        -\n"
-        "d     -        0 B      0 B      0 B      -            -        does not answer\n"
+        "e     1 B      0 B      0 B      1 B      -            -        in maintenance: takes no VM\n"
         "\n"
+        "not used: host d: does not answer\n"
+        "  remedy: see whether lifeboatd runs there\n"
         "stays: card: has a passed-through card\n"
         "  remedy: unplug it\n"
         "no new backup for db on a: no host has room\n"
