@@ -44,12 +44,10 @@ static void show(const json_t *o)
     }
     lb_table_print(t);
     e = json_object_get(o, "host");
-    if (json_is_true(json_object_get(e, "maintenance"))) {
-        fputs("this host is in maintenance and takes no VMs", stdout);
-        if (lb_jstr(e, "reason")[0])
-            fputs(": ", stdout);
-        lb_print_text(stdout, lb_jstr(e, "reason"));
-        putchar('\n');
+    if (lb_jbool(e, "maintenance")) { /* not in the table: others read that by columns */
+        fprintf(stderr, "lifeboat: this host is in maintenance and takes no VM%s", lb_jstr(e, "reason")[0] ? ": " : "");
+        lb_print_text(stderr, lb_jstr(e, "reason"));
+        fputc('\n', stderr);
     }
 }
 

@@ -65,7 +65,7 @@ static void show(const json_t *o)
     json_array_foreach (left, i, vm) {
         fputs("  ", stdout);
         lb_print_text(stdout, lb_jstr(vm, "vm"));
-        fputs(lb_jbool(vm, "suspended") ? " is suspended" : " went to ", stdout);
+        fputs(lb_jbool(vm, "suspended") ? ": suspended here" : " -> ", stdout);
         lb_print_text(stdout, lb_jbool(vm, "suspended") ? "" : lb_jstr(vm, "to"));
         puts(lb_jbool(vm, "protected") ? ", protected" : "");
     }
