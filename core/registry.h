@@ -12,6 +12,7 @@
  *   vms/NAME/{qmp.sock,qemu.log,...} private directory of the VM ("run_dir")
  *   handover/TOKEN.json, TOKEN.lock  hand-over journals (migrate/journal.h)
  *   history.jsonl                    one line per ended migration
+ *   dirty.json, links.json           what was measured for plans of evacuations (migrate/capacity.h)
  *   maintenance.json                 this host takes no VMs; which have left (migrate/maintenance.h)
  *   evacuation.json                  how far this host is emptied (migrate/evacuate.h)
  *   sessions.sock                    where session processes report to the supervisor

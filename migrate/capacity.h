@@ -87,6 +87,11 @@ void lb_peer_free(struct lb_peer *p);
  * ten minutes. */
 int lb_link_measure(const char *state_dir, const struct lb_identity *me, struct lb_peer *p, int cancel_fd,
                     struct lb_error *err);
+/* What this host sends to several at the same time, the first LB_LINK_AT_ONCE of v: more than to one when its own link is the wider
+ * one. As above. */
+#define LB_LINK_AT_ONCE 4u
+int lb_link_measure_own(const char *state_dir, const struct lb_identity *me, struct lb_peer *const *v, unsigned n,
+                        int cancel_fd, uint64_t *bytes_per_s, struct lb_error *err);
 
 /* Serving (in.c): the first message came. */
 int lb_capacity_serve(const struct lb_session_env *env, struct lb_chan *chan, const char *peer,
@@ -110,6 +115,7 @@ struct lb_merge {
     char *const *excluded;               /* "VM\tHOST" */
     size_t n_excluded;
     uint64_t bandwidth_bytes_per_s;      /* 0: what the links carry */
+    uint64_t own_link_bytes_per_s;       /* measured to several at once; 0: not */
     double setup_s, downtime_ms;
 };
 int lb_capacity_merge(struct lb_merge *m, struct lb_inventory *out, struct lb_error *err);

@@ -211,12 +211,12 @@ static uint64_t configured_link(const json_t *fragment)
     return u64_of(json_object_get(fragment, "host"), "link_bytes_per_s");
 }
 
-/* As configured; else the best that was measured to anybody: that much goes through it. */
+/* As configured; else the best that was measured, to anybody or to several at once: that much goes through it. */
 static uint64_t own_link(const struct lb_merge *m)
 {
-    uint64_t best = configured_link(m->fragment);
+    uint64_t configured = configured_link(m->fragment), best = configured ? configured : m->own_link_bytes_per_s;
 
-    for (unsigned i = 0; i < m->n_peers && !configured_link(m->fragment); i++)
+    for (unsigned i = 0; i < m->n_peers && !configured; i++)
         best = LB_MAX(best, m->peers[i].link_bytes_per_s);
     return limited(m, best ? best : LINK_UNKNOWN);
 }

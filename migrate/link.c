@@ -11,8 +11,8 @@
  * Over the control channel, so it needs nothing else to be open; what is sent is ciphertext, which no link compresses. The receiver's
  * clock counts: what the sender has got rid of may still sit in a buffer.
  */
-#include <errno.h>
 #include <poll.h>
+#include <pthread.h>
 #include <string.h>
 
 #include "core/json.h"
@@ -28,6 +28,7 @@
 #define DRAIN_NS UINT64_C(2000000000)
 #define FRESH_MS UINT64_C(600000)
 #define MAX_FILE (4u << 20)
+#define OWN "own"               /* in links.json: to several at once */
 
 /* -------------------------------------------------------------------------- serving */
 
@@ -167,55 +168,120 @@ static json_t *load(const char *state_dir)
     return json_object();
 }
 
-static bool recall(const char *state_dir, struct lb_peer *p)
+static bool recall(const char *state_dir, const char *key, const char *address, uint64_t *rate)
 {
-    json_t *all = load(state_dir), *o = json_object_get(all, p->key);
-    uint64_t at = 0, rate = 0, now = lb_wall_ms();
-    char address[sizeof(p->host.address)];
-    bool known = !lb_json_get_u64(o, "at_ms", INT64_MAX, &at) &&
-                 !lb_json_get_u64(o, "bytes_per_s", LB_INV_MAX_BYTES, &rate) && rate &&
-                 !lb_json_get_string(o, "address", address, sizeof(address)) && !strcmp(address, p->host.address) &&
-                 at <= now && now - at < FRESH_MS;
+    json_t *all = load(state_dir), *o = json_object_get(all, key);
+    const char *was = json_string_value(json_object_get(o, "address"));
+    uint64_t at = 0, n = 0, now = lb_wall_ms();
+    bool known = !lb_json_get_u64(o, "at_ms", INT64_MAX, &at) && !lb_json_get_u64(o, "bytes_per_s", LB_INV_MAX_BYTES, &n) &&
+                 n && was && !strcmp(was, address) && at <= now && now - at < FRESH_MS;
 
     json_decref(all);
     if (known)
-        p->link_bytes_per_s = rate;
+        *rate = n;
     return known;
 }
 
-static void remember(const char *state_dir, const struct lb_peer *p)
+static void remember(const char *state_dir, const char *key, const char *address, uint64_t rate)
 {
     LB_AUTO_FREE char *path = lb_asprintf("%s/links.json", state_dir);
     struct lb_error err = LB_ERROR_INIT;
     json_t *all = load(state_dir);
 
-    json_object_set_new(all, p->key, json_pack("{s:o, s:I, s:I}", "address", lb_json_text(p->host.address), "bytes_per_s",
-                                               (json_int_t)p->link_bytes_per_s, "at_ms", (json_int_t)lb_wall_ms()));
+    json_object_set_new(all, key, json_pack("{s:o, s:I, s:I}", "address", lb_json_text(address), "bytes_per_s",
+                                            (json_int_t)rate, "at_ms", (json_int_t)lb_wall_ms()));
     LB_AUTO_FREE char *text = json_dumps(all, JSON_COMPACT);
     json_decref(all);
     if (text && lb_file_write_atomic(path, text, strlen(text), 0600, &err))
         lb_log_error(LB_LOG_WARN, &err);
 }
 
-int lb_link_measure(const char *state_dir, const struct lb_identity *me, struct lb_peer *p, int cancel_fd,
-                    struct lb_error *err)
+static int measure(const struct lb_identity *me, const struct lb_peer *p, int cancel_fd, uint64_t *rate, struct lb_error *err)
 {
     struct lb_chan *chan = NULL;
     char host[256];
     uint16_t port;
     int rc = -1;
 
-    p->measured = true;
-    if (recall(state_dir, p))
-        return 0;
     lb_host_address(&p->host, host, &port);
     if (!lb_chan_connect(host, port, me, p->host.pub, CONNECT_MS, cancel_fd, &chan, err))
-        rc = test(chan, &p->link_bytes_per_s, err);
+        rc = test(chan, rate, err);
     lb_chan_close(chan);
-    if (rc) {
-        p->measured = false;
-        return lb_context(err, "the link to host %s cannot be measured", p->host.name);
+    return rc ? lb_context(err, "the link to host %s cannot be measured", p->host.name) : 0;
+}
+
+int lb_link_measure(const char *state_dir, const struct lb_identity *me, struct lb_peer *p, int cancel_fd,
+                    struct lb_error *err)
+{
+    if (!recall(state_dir, p->key, p->host.address, &p->link_bytes_per_s)) {
+        if (measure(me, p, cancel_fd, &p->link_bytes_per_s, err))
+            return -1;
+        remember(state_dir, p->key, p->host.address, p->link_bytes_per_s);
     }
-    remember(state_dir, p);
+    p->measured = true;
+    return 0;
+}
+
+/* ------------------------------------------------------------- several at the same time */
+
+struct one {
+    const struct lb_identity *me;
+    const struct lb_peer *p;
+    int cancel_fd;
+    uint64_t rate;      /* 0: it failed */
+    struct lb_error err;
+};
+
+static void *measure_main(void *arg)
+{
+    struct one *o = arg;
+
+    if (measure(o->me, o->p, o->cancel_fd, &o->rate, &o->err))
+        o->rate = 0;
+    return NULL;
+}
+
+/* Which hosts a result is about. */
+static char *names_of(struct lb_peer *const *v, unsigned n)
+{
+    char *text = lb_strdup("");
+
+    for (unsigned i = 0; i < n; i++) {
+        char *more = lb_asprintf("%s%s%.8s", text, i ? " " : "", v[i]->key + 3);
+
+        free(text);
+        text = more;
+    }
+    return text;
+}
+
+int lb_link_measure_own(const char *state_dir, const struct lb_identity *me, struct lb_peer *const *v, unsigned n,
+                        int cancel_fd, uint64_t *bytes_per_s, struct lb_error *err)
+{
+    struct one ones[LB_LINK_AT_ONCE];
+    pthread_t threads[LB_LINK_AT_ONCE];
+    LB_AUTO_FREE char *names = NULL;
+    unsigned begun = 0;
+    uint64_t sum = 0;
+
+    n = LB_MIN(n, LB_LINK_AT_ONCE);
+    names = names_of(v, n);
+    if (recall(state_dir, OWN, names, bytes_per_s))
+        return 0;
+    for (; begun < n; begun++) {
+        ones[begun] = (struct one){.me = me, .p = v[begun], .cancel_fd = cancel_fd};
+        if (pthread_create(&threads[begun], NULL, measure_main, &ones[begun]))
+            break;
+    }
+    for (unsigned i = 0; i < begun; i++) {
+        pthread_join(threads[i], NULL);
+        if (!ones[i].rate && err)
+            *err = ones[i].err;
+        sum = ones[i].rate && (i == 0 || sum) ? sum + ones[i].rate : 0;
+    }
+    if (!sum || begun < n)
+        return err && err->code ? -1 : lb_fail(err, LB_E_INTERNAL, "cannot start a thread");
+    remember(state_dir, OWN, names, sum);
+    *bytes_per_s = sum;
     return 0;
 }

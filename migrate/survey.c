@@ -14,9 +14,11 @@
 
 #include "core/json.h"
 #include "migrate/capacity.h"
+#include "netproto/netproto.h"
 
 #define MAX_FILE (16u << 20)
 #define PARALLEL_MOST 64u
+#define ZERO_SAMPLE 512u   /* pages looked at for how many of all are zeros */
 
 struct survey {
     const struct lb_survey_opts *o;
@@ -55,17 +57,39 @@ static void check(struct lb_survey_vm *vm, const struct lb_vm_desc *d)
     lb_report_free(&all);
 }
 
-/* Pages set in some slot's bitmap of a block. */
-static int count_pages(struct lb_hv_vm *hv, const struct lb_ram_block *b, bool written, uint64_t *pages,
-                       struct lb_error *err)
+/* How many of so many pages of the set hold something: zeros are told, not sent. */
+static double filled(struct lb_hv_vm *hv, const struct lb_ram_block *b, const struct lb_bitmap *set, uint64_t n)
+{
+    uint64_t step = n / ZERO_SAMPLE + 1, at = 0, first, count, seen = 0, some = 0, skip = 0;
+    LB_AUTO_FREE uint8_t *page = lb_alloc(LB_PAGE_SIZE);
+
+    while (lb_bitmap_next_run(set, at, set->n_bits, &first, &count)) {
+        for (; skip < count; skip += step) {
+            const uint8_t *p = b->map ? (const uint8_t *)b->map + (first + skip) * LB_PAGE_SIZE : page;
+
+            if (!b->map && lb_hv_read(hv, b, first + skip, 1, page, NULL))
+                return 1;
+            seen++;
+            some += !lb_is_zero(p, LB_PAGE_SIZE);
+        }
+        skip -= count;
+        at = first + count;
+    }
+    return seen ? (double)some / (double)seen : 1;
+}
+
+/* Pages of main memory that are to be sent at all. */
+static int populated(struct lb_hv_vm *hv, const struct lb_ram_block *b, uint64_t *pages, struct lb_error *err)
 {
     struct lb_bitmap set = {0};
+    uint64_t n = 0;
     int rc;
 
     if (lb_bitmap_init(&set, b->size_bytes / LB_PAGE_SIZE, err))
         return -1;
-    rc = written ? lb_hv_log_peek(hv, b, 0, set.n_bits, &set, err) : lb_hv_populated(hv, b, &set, err);
-    *pages += lb_bitmap_count(&set);
+    rc = lb_hv_populated(hv, b, &set, err);
+    if (!rc && (n = lb_bitmap_count(&set)))
+        *pages += (uint64_t)((double)n * filled(hv, b, &set, n));
     lb_bitmap_free(&set);
     return rc;
 }
@@ -77,11 +101,26 @@ static int touched(struct lb_hv_vm *hv, const struct lb_ram_block *b, unsigned n
     for (unsigned i = 0; i < n; i++) {
         if (b[i].kind == LB_RAM_DEVICE)
             pages += b[i].size_bytes / LB_PAGE_SIZE;
-        else if (b[i].kind == LB_RAM_MAIN && count_pages(hv, &b[i], false, &pages, err))
+        else if (b[i].kind == LB_RAM_MAIN && populated(hv, &b[i], &pages, err))
             return -1;
     }
     *bytes = pages * LB_PAGE_SIZE;
     return 0;
+}
+
+static int count_written(struct lb_hv_vm *hv, const struct lb_ram_block *b, uint64_t *pages, struct lb_error *err)
+{
+    struct lb_bitmap set = {0};
+    int rc;
+
+    if (b->kind == LB_RAM_ROM)
+        return 0;
+    if (lb_bitmap_init(&set, b->size_bytes / LB_PAGE_SIZE, err))
+        return -1;
+    rc = lb_hv_log_peek(hv, b, 0, set.n_bits, &set, err);
+    *pages += lb_bitmap_count(&set);
+    lb_bitmap_free(&set);
+    return rc;
 }
 
 static int watch(struct lb_hv_vm *hv, const struct lb_ram_block *b, unsigned n, unsigned ms, uint64_t *bytes_per_s,
@@ -95,7 +134,7 @@ static int watch(struct lb_hv_vm *hv, const struct lb_ram_block *b, unsigned n, 
     t0 = lb_now_ns();
     lb_sleep_ms(ms);
     for (unsigned i = 0; i < n && !rc; i++)
-        rc = b[i].kind == LB_RAM_ROM ? 0 : count_pages(hv, &b[i], true, &pages, err);
+        rc = count_written(hv, &b[i], &pages, err);
     *bytes_per_s = (uint64_t)((double)pages * LB_PAGE_SIZE * 1e9 / (double)(lb_now_ns() - t0));
     if (lb_hv_log_disable(hv, rc ? NULL : err))
         rc = -1;

@@ -44,6 +44,7 @@ struct planner {
     struct lb_merge merge;
     struct lb_inventory inv;
     struct lb_plan plan;
+    uint64_t own_link;
     atomic_uint next;
 };
 
@@ -225,23 +226,38 @@ static bool takes_vms(const struct planner *p, const struct lb_peer *peer)
            !json_is_true(json_object_get(json_object_get(peer->fragment, "host"), "maintenance"));
 }
 
-/* One after the other: at the same time they would measure each other. */
+static void measure_one(struct planner *p, struct lb_peer *peer)
+{
+    struct lb_error err = LB_ERROR_INIT;
+    char rate[32];
+
+    note(p, "measuring the link to %s", peer->host.name);
+    if (lb_link_measure(p->start->state_dir, &p->me, peer, lb_sess_cancel_fd(p->s), &err))
+        lb_log_error(LB_LOG_WARN, &err);
+    else
+        lb_log(LB_LOG_INFO, "the link to %s carries %s/s", peer->host.name,
+               lb_human_bytes(rate, sizeof(rate), (double)peer->link_bytes_per_s));
+}
+
+/* To each alone, one after the other, as at the same time they would measure each other; then, for this host's own link, just that. */
 static void measure_links(struct planner *p)
 {
+    struct lb_peer *all[LB_LINK_AT_ONCE];
+    struct lb_error err = LB_ERROR_INIT;
+    unsigned n = 0;
+
     for (unsigned i = 0; i < p->n_peers && p->n_vms; i++) {
         struct lb_peer *peer = &p->peers[i];
-        struct lb_error err = LB_ERROR_INIT;
-        char rate[32];
 
         if (!takes_vms(p, peer) || json_object_get(json_object_get(peer->fragment, "host"), "link_bytes_per_s"))
             continue;
-        note(p, "measuring the link to %s", peer->host.name);
-        if (lb_link_measure(p->start->state_dir, &p->me, peer, lb_sess_cancel_fd(p->s), &err))
-            lb_log_error(LB_LOG_WARN, &err);
-        else
-            lb_log(LB_LOG_INFO, "the link to %s carries %s/s", peer->host.name,
-                   lb_human_bytes(rate, sizeof(rate), (double)peer->link_bytes_per_s));
+        measure_one(p, peer);
+        if (peer->measured && n < LB_LINK_AT_ONCE)
+            all[n++] = peer;
     }
+    if (n > 1 && !p->cfg.link_bytes_per_s &&
+        lb_link_measure_own(p->start->state_dir, &p->me, all, n, lb_sess_cancel_fd(p->s), &p->own_link, &err))
+        lb_log_error(LB_LOG_WARN, &err);
 }
 
 static int check_answers(const struct planner *p, struct lb_error *err)
@@ -269,7 +285,7 @@ static int make_inventory(struct planner *p, struct lb_error *err)
                                  .peers = p->peers, .n_peers = p->n_peers, .priorities = p->priorities,
                                  .excluded = p->req->excluded, .n_excluded = p->req->n_excluded,
                                  .bandwidth_bytes_per_s = p->req->bandwidth_bytes_per_s, .setup_s = SETUP_S,
-                                 .downtime_ms = DOWNTIME_MS};
+                                 .downtime_ms = DOWNTIME_MS, .own_link_bytes_per_s = p->own_link};
     lb_migration_medians(p->start->state_dir, &p->merge.setup_s, &p->merge.downtime_ms);
     return lb_capacity_merge(&p->merge, &p->inv, err);
 }
