@@ -58,7 +58,7 @@ static double eta_of(struct lb_evac *e, const struct sums *s)
 {
     double prior = PRIOR * e->makespan_s, planned = s->done / e->concurrency, left, pace, finish;
 
-    if (e->phase != LB_EVAC_RUNNING || e->makespan_s <= 0 || s->n_failed || s->whole <= s->done) {
+    if (e->phase != LB_EVAC_RUNNING || e->makespan_s <= 0 || !s->n_active || s->whole <= s->done) {
         e->finish_at = 0;
         return lb_evac_over(e) ? 0 : -1;
     }
