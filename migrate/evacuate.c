@@ -281,15 +281,17 @@ static bool is_excluded(const struct lb_evac_item *it, const char *host)
 
 static void take_step(struct lb_evac *e, const json_t *v)
 {
-    const char *vm = json_string_value(json_object_get(v, "vm"));
+    const char *vm = json_string_value(json_object_get(v, "vm")), *to = json_string_value(json_object_get(v, "to"));
     enum lb_evac_kind kind = LB_EVAC_COPY;
     struct lb_evac_item *it;
 
     kind_of(json_string_value(json_object_get(v, "kind")), &kind);
     it = item_for(e, vm, kind == LB_EVAC_BACKUP, kind);
-    if (!it || is_excluded(it, json_string_value(json_object_get(v, "to")))) /* the latter: since it was asked for */
+    if (!it || is_excluded(it, to)) /* the latter: since it was asked for */
         return;
     it->kind = kind;
+    if (strcmp(it->to, to ? to : ""))
+        it->retry_ms = 0;
     it->to[0] = '\0';
     lb_json_get_string(v, "from", it->from, sizeof(it->from));
     lb_json_get_string(v, "to", it->to, sizeof(it->to));
@@ -574,12 +576,33 @@ static void net_failure(struct lb_evac *e, struct lb_evac_item *it, bool sent, u
     elsewhere(e, it);
 }
 
-/* After which failures another host may do, and whether this one may, when there is no other. */
-static bool is_about_host(enum lb_errcode code, bool *same_ok)
+/* What a failure is about, and so where the next try is. */
+enum blame {
+    NOBODY,      /* the same host, later */
+    PERHAPS,     /* another host; this one again when there is no other */
+    HOST,        /* another host */
+    OPERATOR,    /* nowhere */
+};
+
+static enum blame blame_of(enum lb_errcode code)
 {
-    *same_ok = code == LB_E_HV || code == LB_E_PROTO;
-    return *same_ok || code == LB_E_PREFLIGHT || code == LB_E_NO_SPACE || code == LB_E_EXISTS || code == LB_E_AUTH ||
-           code == LB_E_UNSUPPORTED || code == LB_E_NOT_FOUND;
+    switch (code) {
+    case LB_E_HV:
+    case LB_E_PROTO:
+        return PERHAPS;
+    case LB_E_PREFLIGHT:
+    case LB_E_NO_SPACE:
+    case LB_E_EXISTS:
+    case LB_E_AUTH:
+    case LB_E_UNSUPPORTED:
+    case LB_E_NOT_FOUND:
+        return HOST;
+    case LB_E_CANCELLED:
+    case LB_E_USAGE:
+        return OPERATOR;
+    default:
+        return NOBODY;
+    }
 }
 
 /* Can a new plan give it another host? */
@@ -588,34 +611,29 @@ static bool has_choice(const struct lb_evac_item *it)
     return it->kind == LB_EVAC_COPY || it->kind == LB_EVAC_SWAP || it->kind == LB_EVAC_BACKUP;
 }
 
-static bool is_final(const struct lb_evac_item *it, enum lb_errcode code)
-{
-    bool same_ok;
-
-    return code == LB_E_CANCELLED || code == LB_E_USAGE || (code == LB_E_NO_CONVERGE && it->last_resort) ||
-           (!has_choice(it) && is_about_host(code, &same_ok) && !same_ok);
-}
-
 /* It did fail: when and where again? */
 static void judge(struct lb_evac *e, struct lb_evac_item *it, bool sent, uint64_t now)
 {
-    enum lb_errcode code = it->error.code;
+    bool hot = it->error.code == LB_E_NO_CONVERGE;
+    enum blame b = blame_of(it->error.code);
 
     snprintf(it->message, sizeof(it->message), "%s", it->error.message);
     snprintf(it->remedy, sizeof(it->remedy), "%s", it->error.remedy);
     it->state = LB_EVAC_FAILED;
     note(e, it, "failed", it->message);
     it->retry_ms = now + LB_MIN(RETRY_FIRST_MS << LB_MIN(it->tries, 8u), RETRY_LONGEST_MS);
-    if (code == LB_E_NET)
+    if (it->error.code == LB_E_NET)
         net_failure(e, it, sent, now);
-    if (is_final(it, code) || it->tries >= LB_EVAC_TRIES) {
+    if (b == NOBODY && !hot && it->tries + 1 == LB_EVAC_TRIES) /* the last one is not for the same again */
+        b = PERHAPS;
+    if (b == OPERATOR || it->tries >= LB_EVAC_TRIES || (hot && it->last_resort) || (b == HOST && !has_choice(it))) {
         lb_evac_leave(e, it, it->message, it->remedy);
-        return;
-    }
-    if (code == LB_E_NO_CONVERGE)
+    } else if (hot) {
         it->last_resort = it->alone = true;
-    else if (is_about_host(code, &it->same_ok) && has_choice(it))
+    } else if (b != NOBODY && has_choice(it)) {
+        it->same_ok = b == PERHAPS;
         elsewhere(e, it);
+    }
 }
 
 void lb_evac_settled(struct lb_evac *e, struct lb_evac_item *it, uint64_t now_ms)

@@ -27,7 +27,7 @@
  *   net                   the same host 2, 4, 8 ... s later, and nothing else is begun to it before; planned anew
  *                         from the second time on; it counts as a try only if something was sent
  *   internal, state, undecided
- *                         the same host, later
+ *                         the same host, later; the last try elsewhere, if there is another host
  *   hv, proto             elsewhere; the same host if there is no other
  *   preflight, no-space, exists, auth, unsupported, not-found
  *                         elsewhere
