@@ -129,6 +129,10 @@ static void show_result(struct view *v, const json_t *o)
         printf("VM %s can move to host %s (nothing was changed)\n", v->m->name, v->m->host);
         return;
     }
+    if (lb_jbool(o, "promoted") || lb_jbool(o, "already")) {
+        printf("VM %s runs on host %s, which was its backup and has taken it over\n", v->m->name, v->m->host);
+        return;
+    }
     printf("VM %s runs on host %s: %s in all, %s downtime, %lld rounds, %s sent%s\n", v->m->name,
            v->m->host, lb_span(total, sizeof(total), lb_jnum(o, "total_ms")),
            lb_span(down, sizeof(down), lb_jnum(o, "downtime_ms")), (long long)lb_jint(o, "rounds"),

@@ -242,7 +242,8 @@ void lb_protect_end_for_now(struct daemon *d, const char *vm);
 void lb_protect_next(struct daemon *d, const char *vm, const char *prefer, const char *lost);
 
 /* ---- rehome.c. A protected VM changes host, or its backup; the wish outlives every step. */
-/* The protection ends, then the migration has begun: `out` is its session. Or e says why not. Called once,
+/* The protection ends, then the migration has begun: `out` is its session (role "out"; "ask" when the host is
+ * its backup). Or e says why not. Called once,
  * perhaps before lb_protect_move returns. */
 typedef void lb_moved_fn(struct daemon *d, const char *vm, struct session *out, const struct lb_error *e);
 void lb_protect_move(struct daemon *d, const Lb__RpcMigrate *r, lb_moved_fn *done);

@@ -359,21 +359,48 @@ static void take_progress(struct daemon *d, struct lb_evac_item *it, const struc
 
 /* --------------------------------------------------------------- beginning what is to be done */
 
+static void copy_options(const struct lb_evac *e, const struct lb_evac_item *it, Lb__MigrateOptions *o)
+{
+    o->compress = LB_RPC_COMPRESS_CONFIGURED;
+    o->bandwidth_bytes_per_s = e->opts.bandwidth_bytes_per_s / e->parallel;
+    /* Others on the link may be why it does not converge: it is slowed only when it has been alone. */
+    o->no_throttle = !lb_evac_may_throttle(e, it);
+    o->max_downtime_ms = lb_evac_may_pause(e, it) ? PAUSE_MS : 0;
+}
+
 static struct session *begin_copy(struct daemon *d, const struct lb_evac_item *it, struct lb_error *err)
 {
-    const struct lb_evac *e = d->evacuation->e;
     Lb__MigrateOptions o = LB__MIGRATE_OPTIONS__INIT;
     struct lb_vm_entry vm;
 
     if (lb_vm_entry_load(d->opt.state_dir, it->vm, &vm, err) || lb_protect_refuse(d, &vm, "migrate", err))
         return NULL;
+    copy_options(d->evacuation->e, it, &o);
     o.wait_go = true;
-    o.compress = LB_RPC_COMPRESS_CONFIGURED;
-    o.bandwidth_bytes_per_s = e->opts.bandwidth_bytes_per_s / e->parallel;
-    /* Others on the link may be why it does not converge: it is slowed only when it has been alone. */
-    o.no_throttle = !lb_evac_may_throttle(e, it);
-    o.max_downtime_ms = lb_evac_may_pause(e, it) ? PAUSE_MS : 0;
     return lb_session_spawn(d, "out", it->vm, it->to, &o, -1, err);
+}
+
+/* The session "out" of a protected VM has begun, and is ours like any other; or it has come to nothing. */
+static void moved(struct daemon *d, const char *vm, struct session *out, const struct lb_error *e)
+{
+    struct evacuation *v = d->evacuation;
+    struct lb_evac_item *it = v && runs(v) ? lb_evac_active(v->e, vm) : NULL;
+
+    if (!out && it && it->kind == LB_EVAC_COPY)
+        lb_evac_ended(v->e, it, e, now_ms());
+}
+
+/* Its protection ends first, so it waits for no go: every moment it waits it has no backup. */
+static void begin_protected_copy(struct daemon *d, const struct lb_evac_item *it)
+{
+    Lb__MigrateOptions o = LB__MIGRATE_OPTIONS__INIT;
+    Lb__RpcMigrate m = LB__RPC_MIGRATE__INIT;
+
+    copy_options(d->evacuation->e, it, &o);
+    m.name = (char *)it->vm;
+    m.host = (char *)it->to;
+    m.options = &o;
+    lb_protect_move(d, &m, moved);
 }
 
 static struct session *begin_ask(struct daemon *d, const struct lb_evac_item *it, struct lb_error *err)
@@ -401,8 +428,7 @@ static struct session *begin_ask(struct daemon *d, const struct lb_evac_item *it
     default:
         opts.compress = LB_RPC_COMPRESS_CONFIGURED;
         migrate.name = (char *)it->vm;
-        migrate.host = (char *)it->to;
-        migrate.options = &opts;
+        migrate.options = &opts; /* the host is this one, whatever it is called there */
         r.kind_case = LB__RPC_REQUEST__KIND_MIGRATE;
         r.migrate = &migrate;
         return lb_session_spawn_for(d, "ask", it->vm, it->from, &r, err);
@@ -581,10 +607,23 @@ static void do_begin(struct daemon *d, struct lb_evac_item *it)
 {
     struct lb_evac *e = d->evacuation->e;
     struct lb_error err = LB_ERROR_INIT;
+    const struct session *s;
 
     if (!may_begin(d, it))
         return;
-    if ((!comes_here(it) && note_left(d, it, true, &err)) || !spawn(d, it, &err))
+    s = lb_session_of_vm(d, it->vm);
+    if (!comes_here(it) && note_left(d, it, true, &err)) {
+        lb_evac_ended(e, it, &err, now_ms());
+        return;
+    }
+    if (it->kind == LB_EVAC_COPY && is(s, "protect")) {
+        if (strcmp(s->peer, it->to)) {
+            begin_protected_copy(d, it);
+            return;
+        }
+        it->kind = LB_EVAC_SWAP; /* it has become its backup since the plan was made */
+    }
+    if (!spawn(d, it, &err))
         lb_evac_ended(e, it, &err, now_ms());
 }
 

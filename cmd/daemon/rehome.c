@@ -4,6 +4,7 @@
  *   migrate NAME HOST            CHECK  would HOST take it? Its preflight, while the protection goes on (remus/ahead.c)
  *                                END    the session that protects is told to end; the wish stays
  *                                       the migration, as of any VM; the wish travels with it, and HOST protects again
+ *                                To its backup's host: that is asked to take it over (role "ask"), nothing is copied.
  *   protect NAME --backup X,Y    CHECK  would X be the backup? Else Y?
  *     of a VM that has a backup  END    the wish names X first now; the session is told to end
  *                                BEGIN  protected by X; else by the others of the wish, the old one last
@@ -275,6 +276,21 @@ static int not_twice(struct daemon *d, const char *vm, struct lb_error *err)
     return lb_remedy(err, "wait; `lifeboat status %s` shows how far it is", vm);
 }
 
+/* The VM is to go where its backup is: that is asked to take it over, and nothing is copied. */
+static void swap(struct daemon *d, const Lb__RpcMigrate *m, lb_moved_fn *done)
+{
+    Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
+    Lb__RpcName name = LB__RPC_NAME__INIT;
+    struct lb_error err = LB_ERROR_INIT;
+    struct session *s;
+
+    name.name = m->name;
+    r.kind_case = LB__RPC_REQUEST__KIND_FAILOVER;
+    r.failover = &name;
+    s = lb_session_spawn_for(d, "ask", m->name, m->host, &r, &err);
+    done(d, m->name, s, s ? NULL : &err);
+}
+
 void lb_protect_move(struct daemon *d, const Lb__RpcMigrate *m, lb_moved_fn *done)
 {
     const struct session *s = lb_session_of_vm(d, m->name);
@@ -282,13 +298,12 @@ void lb_protect_move(struct daemon *d, const Lb__RpcMigrate *m, lb_moved_fn *don
     struct lb_error err = LB_ERROR_INIT;
     struct rehome *h;
 
-    if (is(s, "protect") && !strcmp(s->peer, m->host)) {
-        lb_fail(&err, LB_E_STATE, "host %s is the backup of VM %s", m->host, m->name);
-        lb_remedy(&err, "`lifeboat failover %s` there takes it over, without copying it again; from here: "
-                        "`lifeboat ask %s failover %s`", m->name, m->host, m->name);
-    }
-    if (err.code || not_twice(d, m->name, &err)) {
+    if (not_twice(d, m->name, &err)) {
         done(d, m->name, NULL, &err);
+        return;
+    }
+    if (is(s, "protect") && s->protected_ns && !strcmp(s->peer, m->host)) {
+        swap(d, m, done);
         return;
     }
     r.kind_case = LB__RPC_REQUEST__KIND_MIGRATE;
@@ -364,7 +379,11 @@ void lb_op_change_backup(struct daemon *d, struct client *c, const Lb__RpcProtec
     r.protect = (Lb__RpcProtect *)p;
     lb_client_wait(c, p->name, LB_WAIT_REHOMED, 0, NULL);
     h = begin(d, p->name, &r);
-    if (is(s, "protect") && s->protected_ns && asked_for(h, s->peer)) {
+    if (is(s, "protect") && !s->protected_ns && asked_for(h, s->peer)) {
+        h->step = R_BEGIN; /* just what is being done */
+        return;
+    }
+    if (is(s, "protect") && asked_for(h, s->peer)) {
         json_t *o = json_object();
 
         json_object_set_new(o, "vm", json_string(p->name));
