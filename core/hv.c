@@ -43,7 +43,7 @@ static void check_ops(const struct lb_hv_ops *ops)
     assert(ops->disk_overlay && ops->disk_freeze && ops->disk_overlay_drop && ops->disk_join);
     assert(ops->clock_step);
     assert(ops->lazy_begin && ops->lazy_attach && ops->lazy_fault);
-    assert(ops->lazy_place && ops->lazy_missing && ops->lazy_end);
+    assert(ops->lazy_place && ops->lazy_offer && ops->lazy_touched && ops->lazy_missing && ops->lazy_end);
     assert(ops->status && ops->shut_down && ops->ident && ops->exists && ops->end && ops->detach && ops->destroy);
 }
 
@@ -388,6 +388,22 @@ int lb_hv_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64
     check_pages(blk, first, n);
     assert(base_of(vm)->lazy && blk->kind == LB_RAM_MAIN);
     return ops_of(vm)->lazy_place(vm, blk, first, n, buf, placed, err);
+}
+
+int lb_hv_lazy_offer(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                     const void *buf, struct lb_error *err)
+{
+    check_pages(blk, first, n);
+    assert(base_of(vm)->lazy && blk->kind == LB_RAM_MAIN && buf);
+    return ops_of(vm)->lazy_offer(vm, blk, first, n, buf, err);
+}
+
+int lb_hv_lazy_touched(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                       struct lb_error *err)
+{
+    check_bitmap(blk, pages);
+    assert(base_of(vm)->lazy && blk->kind == LB_RAM_MAIN);
+    return ops_of(vm)->lazy_touched(vm, blk, pages, err);
 }
 
 int lb_hv_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,

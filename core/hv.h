@@ -21,8 +21,8 @@
  * Every slot is mandatory.  Slots are called only through the lb_hv_* wrappers
  * below, which check the state, from one thread at a time per VM (the engine
  * thread of the session) - except lb_hv_read, lb_hv_read_pages, lb_hv_write,
- * lb_hv_log_peek, lb_hv_freeze, lb_hv_lazy_fault, lb_hv_lazy_place and lb_hv_lazy_missing,
- * which any thread may call concurrently.
+ * lb_hv_log_peek, lb_hv_freeze, and lb_hv_lazy_fault, _place, _offer, _touched and
+ * _missing, which any thread may call concurrently.
  */
 #ifndef LB_HV_H
 #define LB_HV_H
@@ -284,6 +284,14 @@ struct lb_hv_ops {
      * zeros. *placed (may be NULL): how many. Any thread. */
     int (*lazy_place)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first,
                       uint64_t n, const void *buf, uint64_t *placed, struct lb_error *err);
+    /* The same for pages that nobody is known to wait for, so that lazy_touched can tell whether somebody came. A wait for
+     * one of them may go on until lazy_place says it again. buf not NULL. Any thread. */
+    int (*lazy_offer)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                      const void *buf, struct lb_error *err);
+    /* Set the bits of the pages that were placed or that, offered, the guest or its devices have touched. LB_E_UNSUPPORTED:
+     * cannot be known here. Any thread. */
+    int (*lazy_touched)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                        struct lb_error *err);
     /* Set the bits of the pages that are missing. */
     int (*lazy_missing)(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
                         struct lb_error *err);
@@ -384,6 +392,10 @@ int lb_hv_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb_r
                      uint64_t *page, struct lb_error *err);
 int lb_hv_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
                      const void *buf, uint64_t *placed, struct lb_error *err);
+int lb_hv_lazy_offer(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                     const void *buf, struct lb_error *err);
+int lb_hv_lazy_touched(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                       struct lb_error *err);
 int lb_hv_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
                        struct lb_error *err);
 int lb_hv_lazy_end(struct lb_hv_vm *vm, struct lb_error *err);

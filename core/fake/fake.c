@@ -58,7 +58,7 @@ const char *lb_fake_slot_name(enum lb_fake_slot slot)
         "run",        "announce",  "status", "destroy",    "checkpoint_mode", "freeze",
         "nics",       "nic_hold",  "nic_unhold", "disks",  "disk_mirror", "disk_mirror_status",
         "disk_mirror_end", "clock_step", "disk_overlay", "disk_freeze", "disk_join",
-        "lazy_begin", "lazy_attach", "lazy_fault", "lazy_place", "lazy_missing", "lazy_end",
+        "lazy_begin", "lazy_attach", "lazy_fault", "lazy_place", "lazy_offer", "lazy_touched", "lazy_missing", "lazy_end",
     };
     assert(slot < LB_FAKE_N_SLOTS);
     return names[slot];
@@ -130,7 +130,8 @@ static bool needs_answer(enum lb_fake_slot slot)
     static const enum lb_fake_slot past[] = {
         LB_FAKE_READ, LB_FAKE_WRITE, LB_FAKE_POPULATED, LB_FAKE_LOG_CLEAN, LB_FAKE_LOG_PEEK,
         LB_FAKE_LOG_DISABLE, LB_FAKE_THROTTLE, LB_FAKE_FREEZE, LB_FAKE_DESTROY,
-        LB_FAKE_LAZY_FAULT, LB_FAKE_LAZY_PLACE, LB_FAKE_LAZY_MISSING,
+        LB_FAKE_LAZY_FAULT, LB_FAKE_LAZY_PLACE, LB_FAKE_LAZY_OFFER,
+        LB_FAKE_LAZY_TOUCHED, LB_FAKE_LAZY_MISSING,
     };
     for (unsigned i = 0; i < LB_ARRAY_LEN(past); i++)
         if (past[i] == slot)
@@ -1355,6 +1356,8 @@ const struct lb_hv_ops lb_hv_fake = {
     .lazy_attach = lb_fake_lazy_attach,
     .lazy_fault = lb_fake_lazy_fault,
     .lazy_place = lb_fake_lazy_place,
+    .lazy_offer = lb_fake_lazy_offer,
+    .lazy_touched = lb_fake_lazy_touched,
     .lazy_missing = lb_fake_lazy_missing,
     .lazy_end = lb_fake_lazy_end,
     .write = fake_write,

@@ -137,7 +137,7 @@ enum lb_fake_slot {
     LB_FAKE_DISK_MIRROR_STATUS, LB_FAKE_DISK_MIRROR_END, LB_FAKE_CLOCK_STEP,
     LB_FAKE_DISK_OVERLAY, LB_FAKE_DISK_FREEZE, LB_FAKE_DISK_JOIN,
     LB_FAKE_LAZY_BEGIN, LB_FAKE_LAZY_ATTACH, LB_FAKE_LAZY_FAULT, LB_FAKE_LAZY_PLACE,
-    LB_FAKE_LAZY_MISSING, LB_FAKE_LAZY_END, LB_FAKE_N_SLOTS
+    LB_FAKE_LAZY_OFFER, LB_FAKE_LAZY_TOUCHED, LB_FAKE_LAZY_MISSING, LB_FAKE_LAZY_END, LB_FAKE_N_SLOTS
 };
 /* The nth call from now (1: the next) fails with code, before it has any effect;
  * calls after it work again.  One fault per slot; nth 0 disarms.  A failing

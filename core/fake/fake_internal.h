@@ -139,6 +139,10 @@ int lb_fake_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb
                        uint64_t *page, struct lb_error *err);
 int lb_fake_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
                        const void *buf, uint64_t *placed, struct lb_error *err);
+int lb_fake_lazy_offer(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                       const void *buf, struct lb_error *err);
+int lb_fake_lazy_touched(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                         struct lb_error *err);
 int lb_fake_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
                          struct lb_error *err);
 int lb_fake_lazy_end(struct lb_hv_vm *vm, struct lb_error *err);

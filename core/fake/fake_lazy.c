@@ -153,14 +153,10 @@ int lb_fake_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb
     return rc;
 }
 
-int lb_fake_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
-                       const void *buf, uint64_t *placed, struct lb_error *err)
+static uint64_t place(struct guest *g, const struct lb_ram_block *blk, uint64_t first, uint64_t n, const void *buf)
 {
-    struct guest *g = vm->guest;
     uint64_t count = 0;
 
-    if (lb_fake_enter(LB_FAKE_LAZY_PLACE, g, err) < 0)
-        return -1;
     pthread_mutex_lock(&g->lock);
     for (uint64_t i = 0; i < n; i++) {
         if (blk->id != MAIN || !missing(g, first + i))
@@ -173,9 +169,37 @@ int lb_fake_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint
     }
     pthread_cond_broadcast(&g->wake);
     pthread_mutex_unlock(&g->lock);
+    return count;
+}
+
+int lb_fake_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                       const void *buf, uint64_t *placed, struct lb_error *err)
+{
+    if (lb_fake_enter(LB_FAKE_LAZY_PLACE, vm->guest, err) < 0)
+        return -1;
+    uint64_t count = place(vm->guest, blk, first, n, buf);
     if (placed)
         *placed = count;
     return 0;
+}
+
+int lb_fake_lazy_offer(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                       const void *buf, struct lb_error *err)
+{
+    if (lb_fake_enter(LB_FAKE_LAZY_OFFER, vm->guest, err) < 0)
+        return -1;
+    place(vm->guest, blk, first, n, buf);
+    return 0;
+}
+
+/* A page that is there is touched unseen. */
+int lb_fake_lazy_touched(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                         struct lb_error *err)
+{
+    (void)blk, (void)pages;
+    if (lb_fake_enter(LB_FAKE_LAZY_TOUCHED, vm->guest, err) < 0)
+        return -1;
+    return lb_fail(err, LB_E_UNSUPPORTED, "fake: nobody knows what was touched");
 }
 
 int lb_fake_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,

@@ -23,10 +23,16 @@
  * Watched first and emptied second: a page that QEMU touches between the two is dropped with the
  * rest, the other way round it would stay, and hide the one that is to come.
  *
+ * A page that is only offered goes into the file behind the memory (memfd), by a userfaultfd of our own view of it, which
+ * like U places whole pages at once.  Whoever touches it in QEMU finds it there without asking, but not in QEMU's page
+ * table before: so what is in that table was touched.  The kernel would map the neighbours of such a page along with it;
+ * it does not where memory is registered for write protection, of which no use is made.
+ *
  * A page that the guest gives back (balloon) while memory is lazy is missing again and comes back as
  * it was: allowed for a balloon.  Free page reporting and virtio-mem rely on zeros, and are refused.
  */
 #include "core/qemu/qemu_internal.h"
+#include "core/qemu/pm_defs.h"
 
 #include <assert.h>
 #include <dirent.h>
@@ -226,21 +232,54 @@ static int take_uffd(struct lb_hv_vm *vm, struct lb_error *err)
     return rc < 0 ? rc : closed;
 }
 
+/* Is a page of it in QEMU's page table only when it was touched? */
+static bool is_offered(const struct lb_qemu_block *b)
+{
+    return is_lazy(b) && b->pub.map;
+}
+
+static int say_api(int uffd, uint64_t features)
+{
+    struct uffdio_api api = {.api = UFFD_API, .features = features};
+    return ioctl(uffd, UFFDIO_API, &api);
+}
+
+/* Without it there is no learning, nothing else. */
+static void watch_views(struct lb_hv_vm *vm)
+{
+    LB_AUTO_FD int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | LB_UFFD_USER_MODE_ONLY);
+    if (fd < 0 || say_api(fd, UFFD_FEATURE_MISSING_SHMEM) < 0)
+        return;
+    for (unsigned i = 0; i < vm->n_blocks; i++) {
+        const struct lb_qemu_block *b = &vm->blocks[i];
+        struct uffdio_register reg = {.range = {.start = (uintptr_t)b->pub.map, .len = b->pub.size_bytes},
+                                      .mode = UFFDIO_REGISTER_MODE_MISSING};
+        if (is_offered(b) && ioctl(fd, UFFDIO_REGISTER, &reg) < 0)
+            return;
+    }
+    vm->lazy_view_uffd = LB_STEAL_FD(fd);
+}
+
 static int watch(struct lb_hv_vm *vm, struct lb_error *err)
 {
-    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_MISSING_SHMEM};
-    if (ioctl(vm->lazy_uffd, UFFDIO_API, &api) < 0)
+    bool alone = say_api(vm->lazy_uffd, UFFD_FEATURE_MISSING_SHMEM | LB_UFFD_FEATURE_PAGEFAULT_FLAG_WP |
+                                            LB_UFFD_FEATURE_WP_HUGETLBFS_SHMEM) == 0;
+    if (!alone && say_api(vm->lazy_uffd, UFFD_FEATURE_MISSING_SHMEM) < 0)
         return lb_fail_errno(err, LB_E_UNSUPPORTED, errno, "this kernel's userfaultfd is too old");
     for (unsigned i = 0; i < vm->n_blocks; i++) {
         const struct lb_qemu_block *b = &vm->blocks[i];
         struct uffdio_register reg = {.range = {.start = b->pub.hva, .len = b->pub.size_bytes},
                                       .mode = UFFDIO_REGISTER_MODE_MISSING};
+        if (alone && is_offered(b))
+            reg.mode |= UFFDIO_REGISTER_MODE_WP;
         if (is_lazy(b) && ioctl(vm->lazy_uffd, UFFDIO_REGISTER, &reg) < 0) {
             int e = errno;
             lb_fail_errno(err, LB_E_UNSUPPORTED, e, "cannot watch memory block %s", b->pub.name);
             return lb_remedy(err, e == EBUSY ? "another program tracks this VM's memory: end it" : "");
         }
     }
+    if (alone)
+        watch_views(vm);
     return 0;
 }
 
@@ -262,6 +301,8 @@ static void unwatch(struct lb_hv_vm *vm)
             ioctl(vm->lazy_uffd, UFFDIO_UNREGISTER, &r); /* fails only when it was not watched */
     }
     close(LB_STEAL_FD(vm->lazy_uffd));
+    lb_cleanup_fd(&vm->lazy_view_uffd);
+    vm->lazy_view_uffd = -1;
     unlink(vm->lazy_path);
     struct lb_error why = LB_ERROR_INIT;
     if (lb_inject(vm->proc.pid, close_remote, &vm->lazy_remote_fd, &why) < 0)
@@ -382,11 +423,11 @@ int lb_qemu_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb
 /* ----------------------------------------------------------------- placing */
 
 /* One call; bytes placed, or -errno. */
-static int64_t place_once(struct lb_hv_vm *vm, uint64_t at, uint64_t len, const char *buf)
+static int64_t place_once(int uffd, uint64_t at, uint64_t len, const char *buf)
 {
     struct uffdio_copy c = {.dst = at, .src = (uintptr_t)buf, .len = len};
     struct uffdio_zeropage z = {.range = {.start = at, .len = len}};
-    int rc = buf ? ioctl(vm->lazy_uffd, UFFDIO_COPY, &c) : ioctl(vm->lazy_uffd, UFFDIO_ZEROPAGE, &z);
+    int rc = buf ? ioctl(uffd, UFFDIO_COPY, &c) : ioctl(uffd, UFFDIO_ZEROPAGE, &z);
     int64_t done = buf ? c.copy : z.zeropage;
     return rc < 0 && done == 0 ? -errno : done;
 }
@@ -409,7 +450,7 @@ int lb_qemu_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint
     assert(is_lazy(b));
     for (uint64_t done = 0; done < n;) {
         uint64_t at = b->pub.hva + (first + done) * LB_PAGE_SIZE;
-        int64_t r = place_once(vm, at, (n - done) * LB_PAGE_SIZE,
+        int64_t r = place_once(vm->lazy_uffd, at, (n - done) * LB_PAGE_SIZE,
                                buf ? (const char *)buf + done * LB_PAGE_SIZE : NULL);
         if (r > 0) {
             done += (uint64_t)r / LB_PAGE_SIZE;
@@ -426,6 +467,54 @@ int lb_qemu_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint
     if (placed)
         *placed = count;
     return 0;
+}
+
+int lb_qemu_lazy_offer(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                       const void *buf, struct lb_error *err)
+{
+    const struct lb_qemu_block *b = lb_qemu_block(vm, blk);
+    if (vm->lazy_view_uffd < 0 || !is_offered(b))
+        return lb_qemu_lazy_place(vm, blk, first, n, buf, NULL, err);
+    for (uint64_t done = 0; done < n;) {
+        uint64_t at = (uintptr_t)b->pub.map + (first + done) * LB_PAGE_SIZE;
+        int64_t r = place_once(vm->lazy_view_uffd, at, (n - done) * LB_PAGE_SIZE,
+                               (const char *)buf + done * LB_PAGE_SIZE);
+        if (r > 0)
+            done += (uint64_t)r / LB_PAGE_SIZE;
+        else if (r == -EEXIST)
+            done++;
+        else if (r == -EAGAIN)
+            sched_yield(); /* our mappings are being changed */
+        else
+            return fail_place(vm, b, (int)-r, err);
+    }
+    return 0;
+}
+
+struct touched {
+    uint64_t hva;
+    struct lb_bitmap *pages;
+};
+
+static void on_touched(uint64_t start, uint64_t end, void *arg)
+{
+    const struct touched *t = arg;
+    lb_bitmap_set_range(t->pages, (start - t->hva) / LB_PAGE_SIZE, (end - start) / LB_PAGE_SIZE);
+}
+
+int lb_qemu_lazy_touched(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                         struct lb_error *err)
+{
+    const struct lb_qemu_block *b = lb_qemu_block(vm, blk);
+    const struct lb_pagemap_query present = {.mask = LB_PAGE_IS_PRESENT, .ret = LB_PAGE_IS_PRESENT};
+    struct touched t = {.hva = b->pub.hva, .pages = pages};
+    struct lb_error why = LB_ERROR_INIT;
+    if (vm->lazy_view_uffd < 0 || !is_offered(b))
+        return lb_fail(err, LB_E_UNSUPPORTED, "pages of block %s that were touched cannot be told", b->pub.name);
+    if (lb_pagemap_scan(vm->pagemap_fd, &present, b->pub.hva, b->pub.hva + b->pub.size_bytes, on_touched, &t, &why) == 0)
+        return 0;
+    bool old = why.sys_errno == ENOTTY || why.sys_errno == EINVAL; /* Linux < 6.7 */
+    return lb_fail_errno(err, old ? LB_E_UNSUPPORTED : why.code, why.sys_errno, "%s", why.message);
 }
 
 int lb_qemu_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
@@ -463,7 +552,8 @@ int lb_qemu_lazy_end(struct lb_hv_vm *vm, struct lb_error *err)
 void lb_qemu_lazy_close(struct lb_hv_vm *vm)
 {
     lb_cleanup_fd(&vm->lazy_uffd);
-    vm->lazy_uffd = -1;
+    lb_cleanup_fd(&vm->lazy_view_uffd);
+    vm->lazy_uffd = vm->lazy_view_uffd = -1;
     free(vm->lazy_path);
     vm->lazy_path = NULL;
 }

@@ -27,7 +27,7 @@ struct lb_hv_vm *lb_qemu_vm_new(const char *name)
     vm->base.ops = &lb_hv_qemu;
     vm->name = lb_strdup(name ? name : "");
     vm->pidfd = vm->pagemap_fd = vm->uffd = vm->state_fd = vm->state_wfd = vm->fdset = -1;
-    vm->lazy_uffd = -1;
+    vm->lazy_uffd = vm->lazy_view_uffd = -1;
     return vm;
 }
 
@@ -482,6 +482,8 @@ const struct lb_hv_ops lb_hv_qemu = {
     .lazy_attach = lb_qemu_lazy_attach,
     .lazy_fault = lb_qemu_lazy_fault,
     .lazy_place = lb_qemu_lazy_place,
+    .lazy_offer = lb_qemu_lazy_offer,
+    .lazy_touched = lb_qemu_lazy_touched,
     .lazy_missing = lb_qemu_lazy_missing,
     .lazy_end = lb_qemu_lazy_end,
     .write = lb_qemu_write,

@@ -166,6 +166,7 @@ struct lb_hv_vm {
     int fdset;                   /* number of QEMU's fd set, -1 */
     char *throttle_path;         /* record of what throttling did, NULL when it did nothing */
     int lazy_uffd;               /* lazy.c; used by any thread between begin or attach and end */
+    int lazy_view_uffd;          /* of our own views of main memory; -1: offered pages are placed */
     int lazy_remote_fd;          /* its number in QEMU */
     char *lazy_path;             /* record of it, for the process after us */
 
@@ -346,6 +347,10 @@ int lb_qemu_lazy_fault(struct lb_hv_vm *vm, unsigned timeout_ms, const struct lb
                        uint64_t *page, struct lb_error *err);
 int lb_qemu_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
                        const void *buf, uint64_t *placed, struct lb_error *err);
+int lb_qemu_lazy_offer(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                       const void *buf, struct lb_error *err);
+int lb_qemu_lazy_touched(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
+                         struct lb_error *err);
 int lb_qemu_lazy_missing(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages,
                          struct lb_error *err);
 int lb_qemu_lazy_end(struct lb_hv_vm *vm, struct lb_error *err);

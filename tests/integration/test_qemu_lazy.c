@@ -466,6 +466,58 @@ static void test_lazy_qemu10(void **state)
     resume_lazily(false);
 }
 
+static uint64_t n_touched(struct lb_hv_vm *vm)
+{
+    struct lb_bitmap t;
+    const struct lb_ram_block *b = main_block(vm);
+    OK(lb_bitmap_init(&t, b->size_bytes / LB_PAGE_SIZE, err));
+    OK(lb_hv_lazy_touched(vm, b, &t, err));
+    uint64_t n = lb_bitmap_count(&t);
+    lb_bitmap_free(&t);
+    return n;
+}
+
+/* Nobody waits for what was offered, and only what the guest went to counts as touched. */
+static void test_offered(void **state)
+{
+    (void)state;
+    struct qemu q;
+    struct saved s;
+    struct receiver r;
+    struct server v;
+    make_saved(&q, MACHINE, 4, 0, &s);
+    receiver_start(&q, &s, "offered", 0, NULL, &r);
+    OK(lb_hv_lazy_begin(r.vm, err));
+    const struct lb_ram_block *b = main_block(r.vm);
+    const struct saved_block *from = saved_block(&s, b->name);
+    uint64_t n = from->pages.n_bits, first, count, before, used;
+    for (uint64_t at = 0; lb_bitmap_next_run(&from->pages, at, CHUNK_PAGES, &first, &count); at = first + count)
+        for (int twice = 0; twice < 2; twice++)
+            OK(lb_hv_lazy_offer(r.vm, b, first, count, from->data + first * LB_PAGE_SIZE, err));
+    assert_int_equal(n_missing(r.vm), n - lb_bitmap_count(&from->pages));
+    before = n_touched(r.vm);
+    assert_in_range(before, 0, 16); /* what QEMU itself looked at since it was emptied */
+    OK(lb_hv_lazy_place(r.vm, b, 0, 1, from->data, NULL, err)); /* there already: wakes, changes nothing */
+    place_devices(&s, r.vm, false);
+    server_start(&v, r.vm, &s, 0);
+    OK(lb_hv_load_state(r.vm, s.state, s.state_len, err));
+    OK(lb_hv_run(r.vm, err));
+    usleep(50000);
+    used = n_touched(r.vm);
+    print_message("%llu pages offered, %llu touched in the first 50 ms, %llu faults\n",
+                  (unsigned long long)lb_bitmap_count(&from->pages), (unsigned long long)used,
+                  (unsigned long long)v.faults);
+    assert_in_range(used, 50, lb_bitmap_count(&from->pages) / 2);
+    check_said(&r, &s);
+    server_stop(&v);
+    assert_in_range(n_touched(r.vm), used + 1, n);
+    OK(lb_hv_lazy_end(r.vm, err));
+    check_ordinary(r.vm);
+    receiver_end(&r);
+    saved_free(&s);
+    qemu_end(&q);
+}
+
 /* What another process does until it is killed: half of the work. */
 static void first_half(struct qemu *q, const struct saved *s, int to)
 {
@@ -796,6 +848,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_lazy_memfd, end_all),
         cmocka_unit_test_teardown(test_lazy_anonymous, end_all),
+        cmocka_unit_test_teardown(test_offered, end_all),
         cmocka_unit_test_teardown(test_lazy_qemu10, end_all),
         cmocka_unit_test_teardown(test_server_dies, end_all),
         cmocka_unit_test_teardown(test_clones, end_all),
