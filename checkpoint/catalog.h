@@ -9,6 +9,7 @@
  *   DIR/VM/lock             flock: exclusive for whoever makes, removes or joins; readers take none (an open
  *                           file stays readable)
  *   DIR/VM/N.ws             working set learned by lazy restores, most needed first (checkpoint/fill.h)
+ *   DIR/VM/suspend.ws       the same of its last lazy resume, for its next suspend
  *
  * DIR is STATE_DIR/checkpoints, or `checkpoint-dir` of the configuration.  A reference is what a user
  * types: "VM@7", "VM@LABEL", "VM@suspend", "VM" (the latest), or a path of a file (has a '/').

@@ -14,6 +14,7 @@
 #include "checkpoint/reader_internal.h"
 
 #include <assert.h>
+#include <stdatomic.h>
 #include <string.h>
 
 /* The page table's, the same again to either side of the wanted page. */
@@ -220,6 +221,24 @@ int lb_chunk_get(struct lb_chain *c, unsigned file, uint32_t part, struct lb_cf_
     }
     *out = chunk;
     return 0;
+}
+
+void lb_chain_warm(struct lb_chain *c, const uint64_t *v, uint64_t n, _Atomic bool *stop)
+{
+    unsigned read = 0;
+
+    for (uint64_t i = 0; i < n && read < LB_CHUNK_CACHE && !atomic_load(stop); i++) {
+        uint64_t page = v[i] & ((UINT64_C(1) << 40) - 1);
+        unsigned block = (unsigned)(v[i] >> 40);
+        if (block >= c->n_blocks || page >= c->blocks[block].n_pages || !(c->map[block][page] & LB_ENTRY_STORED))
+            continue;
+        uint64_t e = c->map[block][page];
+        struct lb_cf_chunk *chunk = cached(c, lb_entry_file(e), lb_entry_part(e));
+        read += !chunk;
+        if (!chunk && lb_chunk_get(c, lb_entry_file(e), lb_entry_part(e), &chunk, NULL) < 0)
+            return; /* who needs it will say why */
+        lb_chunk_put(c, chunk);
+    }
 }
 
 void lb_chain_cache_free(struct lb_chain *c)

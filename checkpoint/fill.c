@@ -20,6 +20,10 @@
 #define YIELDS 20u
 #define ZERO_AHEAD 16u  /* zero pages placed at once: who touches one goes on to the next */
 #define FILL_NICE 10
+#define FIRST_MS 300u         /* a guest that runs again has this long for itself; what it needs then is learned */
+#define QUIET_MAX_MS 300u     /* and as much longer as pages are waited for, */
+#define QUIET_NS UINT64_C(50000000) /* the last one less than this ago */
+#define STEP_MS 10u
 
 /* --------------------------------------------------------------------- what is there */
 
@@ -42,6 +46,19 @@ static bool is_main(const struct lb_fill *f, unsigned block)
     return f->mem.blocks[block].kind == LB_RAM_MAIN;
 }
 
+/* Until the filler begins only what somebody waits for is placed, so that it can be told what was needed. */
+static int place_run(struct lb_fill *f, unsigned block, uint64_t first, uint64_t n, const char *data,
+                     struct lb_error *err)
+{
+    const struct lb_ram_block *blk = f->mem.map[block];
+    int rc = atomic_load(&f->learning) ? lb_hv_lazy_offer(f->vm, blk, first, n, data, err)
+                                       : lb_hv_lazy_place(f->vm, blk, first, n, data, NULL, err);
+
+    for (uint64_t k = 0; !rc && k < n; k++)
+        set_present(f, block, first + k);
+    return rc;
+}
+
 /* lb_chain_pages_fn: those of the pages that are not there yet, in runs. */
 static int place_pages(unsigned block, uint64_t first, uint64_t count, const void *data, void *arg,
                        struct lb_error *err)
@@ -56,11 +73,8 @@ static int place_pages(unsigned block, uint64_t first, uint64_t count, const voi
             continue;
         while (i + n < count && !is_present(f, block, first + i + n))
             n++;
-        if (lb_hv_lazy_place(f->vm, f->mem.map[block], first + i, n, (const char *)data + (i << LB_PAGE_SHIFT), NULL,
-                             err))
+        if (place_run(f, block, first + i, n, (const char *)data + (i << LB_PAGE_SHIFT), err))
             return -1;
-        for (uint64_t k = 0; k < n; k++)
-            set_present(f, block, first + i + k);
     }
     return 0;
 }
@@ -121,8 +135,9 @@ int lb_fill_decide(struct lb_fill *f, bool decide, struct lb_error *err)
 
 static void remember_fault(struct lb_fill *f, unsigned block, uint64_t page)
 {
+    atomic_store(&f->last_fault_ns, lb_now_ns());
     pthread_mutex_lock(&f->mu);
-    if (f->n_faults < LB_WS_MAX_PAGES)
+    if (atomic_load(&f->learning) && f->n_faults < LB_WS_MAX_PAGES)
         f->faults[f->n_faults++] = (uint64_t)block << 40 | page;
     pthread_mutex_unlock(&f->mu);
 }
@@ -140,15 +155,40 @@ static int serve_zeros(struct lb_fill *f, unsigned block, uint64_t page, struct 
     return 0;
 }
 
+struct wanted {
+    struct lb_fill *f;
+    unsigned block;
+    uint64_t page;
+};
+
+/* lb_chain_pages_fn: the page that somebody waits for before the others, and whether it has come meanwhile or not: only
+ * so he wakes for certain. */
+static int place_wanted(unsigned block, uint64_t first, uint64_t count, const void *data, void *arg,
+                        struct lb_error *err)
+{
+    const struct wanted *w = arg;
+    uint64_t at = w->page - first;
+
+    if (block == w->block && w->page >= first && at < count) {
+        if (lb_hv_lazy_place(w->f->vm, w->f->mem.map[block], w->page, 1, (const char *)data + (at << LB_PAGE_SHIFT), NULL,
+                             err))
+            return -1;
+        set_present(w->f, block, w->page);
+    }
+    return place_pages(block, first, count, data, w->f, err);
+}
+
 static int serve(struct lb_fill *f, unsigned block, uint64_t page, struct lb_error *err)
 {
+    struct wanted w = {f, block, page};
+
     /* There and missing again: the guest gave it back (a balloon), and gets a new one. */
     if (is_present(f, block, page))
         return lb_hv_lazy_place(f->vm, f->mem.map[block], page, 1, NULL, NULL, err);
     if (!lb_bitmap_test(&f->mem.populated[block], page))
         return serve_zeros(f, block, page, err);
     remember_fault(f, block, page);
-    return lb_chain_read(f->chain, block, page, place_pages, f, err);
+    return lb_chain_read(f->chain, block, page, place_wanted, &w, err);
 }
 
 static int block_of(const struct lb_fill *f, const struct lb_ram_block *blk)
@@ -265,6 +305,73 @@ static bool wait_go(struct lb_fill *f)
     return !atomic_load(&f->quit);
 }
 
+/* The guest has just begun to run: the processors, the disk and QEMU's page table are for what it asks for. */
+static bool wait_first(struct lb_fill *f)
+{
+    for (unsigned ms = 0; ms < FIRST_MS && !atomic_load(&f->quit); ms += STEP_MS)
+        lb_sleep_ms(STEP_MS);
+    return !atomic_load(&f->quit);
+}
+
+/* One that goes on waiting for page after page is better served with all of them. */
+static bool wait_quiet(struct lb_fill *f)
+{
+    for (unsigned ms = 0; ms < QUIET_MAX_MS && !atomic_load(&f->quit); ms += STEP_MS) {
+        uint64_t now = lb_now_ns(), last = atomic_load(&f->last_fault_ns);
+
+        if (now > last && now - last >= QUIET_NS)
+            break;
+        lb_sleep_ms(STEP_MS);
+    }
+    return !atomic_load(&f->quit);
+}
+
+/* Pages of the block that were touched, as far as there is room; those in faults[] are in front already. */
+static void add_touched(struct lb_fill *f, unsigned block, const struct lb_bitmap *touched, uint64_t n_faults)
+{
+    struct lb_bitmap left = {0};
+    uint64_t first, n;
+
+    if (lb_bitmap_init(&left, touched->n_bits, NULL))
+        return;
+    lb_bitmap_or(&left, touched);
+    for (uint64_t i = 0; i < n_faults; i++)
+        if (f->faults[i] >> 40 == block)
+            lb_bitmap_clear(&left, f->faults[i] & ((UINT64_C(1) << 40) - 1));
+    for (uint64_t at = 0; f->n_faults < LB_WS_MAX_PAGES && lb_bitmap_next_run(&left, at, 1, &first, &n); at = first + 1)
+        if (lb_bitmap_test(&f->mem.populated[block], first))
+            f->faults[f->n_faults++] = (uint64_t)block << 40 | first;
+    lb_bitmap_free(&left);
+}
+
+/* What the guest needed first is known now: what it waited for, then what it found there. faults[] is ours from here on. */
+static void end_learning(struct lb_fill *f)
+{
+    struct lb_error why = LB_ERROR_INIT;
+    uint64_t n_faults;
+
+    pthread_mutex_lock(&f->mu);
+    atomic_store(&f->learning, false);
+    n_faults = f->n_faults;
+    pthread_mutex_unlock(&f->mu);
+    f->learned = true;
+    for (unsigned b = 0; b < f->mem.n && f->learned; b++) {
+        struct lb_bitmap touched = {0};
+
+        if (!is_main(f, b))
+            continue;
+        f->learned = !lb_bitmap_init(&touched, f->mem.blocks[b].n_pages, &why) &&
+                     !lb_hv_lazy_touched(f->vm, f->mem.map[b], &touched, &why);
+        if (f->learned)
+            add_touched(f, b, &touched, n_faults);
+        lb_bitmap_free(&touched);
+    }
+    if (!f->learned)
+        lb_log_error(LB_LOG_DEBUG, &why);
+    lb_log(LB_LOG_INFO, "VM %s has waited for %llu pages, of %llu that it needed first; %llu were expected", f->entry.name,
+           (unsigned long long)n_faults, (unsigned long long)f->n_faults, (unsigned long long)f->n_hot);
+}
+
 /* Every page that is still missing, by itself; those that cannot be read stay. */
 static uint64_t fill_rest(struct lb_fill *f)
 {
@@ -311,7 +418,10 @@ static void *filler_main(void *arg)
 
     be_modest(); /* also before: the hypervisor that loads is more urgent than what the guest may need */
     fill_hot(f);
-    if (!wait_go(f))
+    if (!wait_go(f) || !wait_first(f))
+        return NULL;
+    end_learning(f);
+    if (!wait_quiet(f))
         return NULL;
     if (lb_chain_read_all(f->chain, &all, &why) && !atomic_load(&f->quit))
         lb_log_error(LB_LOG_WARN, &why); /* page by page, then */
@@ -336,6 +446,7 @@ struct lb_fill *lb_fill_new(const struct lb_ckpt_env *env, const struct lb_vm_en
     f->entry = *entry;
     f->vm = vm;
     f->chain = chain;
+    f->learning = true;
     f->faults = lb_alloc(LB_WS_MAX_PAGES * sizeof(*f->faults));
     lb_mutex_init_inherit(&f->mu);
     pthread_mutex_init(&f->half, NULL);
@@ -501,8 +612,9 @@ static int settle(struct lb_fill *f, struct lb_error *err)
         return -1;
     if (f->remove_path)
         lb_ckpt_remove_file(f->remove_path);
+    /* Of hot pages that were read ahead it is known only then whether they were needed. */
     if (f->ws_path && f->n_faults &&
-        lb_ws_save(f->ws_path, &f->id, f->faults, f->n_faults, f->hot, f->n_hot, &why))
+        lb_ws_save(f->ws_path, &f->id, f->faults, f->n_faults, f->hot, f->learned ? 0 : f->n_hot, &why))
         lb_log_error(LB_LOG_WARN, &why);
     return 0;
 }

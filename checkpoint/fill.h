@@ -3,7 +3,8 @@
  *
  *      who waits for a page --> 2 threads, before all ordinary work: read its chunk, place it
  *      hot pages            --> 1 thread, from before the state is loaded
- *      everything else      --> the same thread, once the guest runs: the files in their order, with low priority
+ *      everything else      --> the same thread, once the guest has run for a moment and asks for little: the files in
+ *                               their order, with low priority
  *
  * A page that is all zeros is only placed for who waits for it; at the end those nobody touched are left to the
  * hypervisor, where they read as zeros by themselves.
@@ -12,8 +13,10 @@
  * (its loading may wait for that very page); after it, the guest waits when it touches such a page, everything else
  * comes, and what is missing is tried again every few seconds: a disk may come back, a file may be repaired.
  *
- * The working set, DIR/VM/N.ws: pages in the order in which a guest restored from N asked for them, in front of
- * what an earlier one did.  Only a hint: one that is missing, damaged or another checkpoint's is none.
+ * The working set, DIR/VM/N.ws: pages in the order in which a guest restored from N asked for them, then others that it
+ * touched before it was quiet (where that cannot be known: those that an earlier one needed).  Of a suspended VM that comes
+ * back it is DIR/VM/suspend.ws: the next suspend puts these pages first into its file, and among the hot ones.  Only a
+ * hint: one that is missing, damaged or another checkpoint's is none.
  *      "LBWS1\n\0\0"   8 bytes
  *      id              16, of the checkpoint
  *      n               u64, little-endian as all that follows; at most LB_WS_MAX_PAGES
@@ -65,6 +68,8 @@ struct lb_fill {
     _Atomic uint64_t placed_pages;    /* of the populated ones */
     _Atomic unsigned waiting;         /* faults being served */
     _Atomic bool quit;
+    _Atomic bool learning;            /* what the guest needs first; until the filler begins */
+    _Atomic uint64_t last_fault_ns;   /* somebody waited for a page that is not zero */
     /* locked by mu */
     pthread_mutex_t mu;
     pthread_cond_t cond;
@@ -74,7 +79,9 @@ struct lb_fill {
     struct lb_error fatal;            /* code LB_OK: none; before `decided` only */
     struct lb_error damage;           /* what cannot be read now; LB_OK: nothing */
     uint64_t damaged_pages, damage_seq;
-    uint64_t *faults, n_faults;       /* in their order, at most LB_WS_MAX_PAGES */
+    uint64_t *faults, n_faults;       /* in their order, at most LB_WS_MAX_PAGES; no longer learning: the filler's, who adds
+                                         what was touched */
+    bool learned;                     /* filler: faults[] is all that was needed */
     /* locked by half */
     pthread_mutex_t half;
     bool half_said;
@@ -96,11 +103,11 @@ void lb_fill_free(struct lb_fill *f);  /* NULL is fine */
 
 /* ---- the working set (fill_ws.c) */
 
-/* Pages; none is no error. *v malloc'ed. */
+/* Pages; none is no error. *v malloc'ed. id NULL: of whatever checkpoint. */
 void lb_ws_load(const char *path, const struct lb_ckpt_id *id, uint64_t **v, uint64_t *n);
 /* `first` and then those of `second` that are not in it. */
 int lb_ws_save(const char *path, const struct lb_ckpt_id *id, const uint64_t *first, uint64_t n_first,
                const uint64_t *second, uint64_t n_second, struct lb_error *err);
-char *lb_ws_path(const char *catalog_dir, const char *vm, uint32_t number); /* caller frees */
+char *lb_ws_path(const char *catalog_dir, const char *vm, uint32_t number); /* number 0: of the suspends; caller frees */
 
 #endif

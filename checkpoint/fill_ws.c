@@ -16,7 +16,7 @@ _Static_assert(sizeof(MAGIC) == 8 && sizeof(struct ws_head) == 32, "fill.h: N.ws
 
 char *lb_ws_path(const char *catalog_dir, const char *vm, uint32_t number)
 {
-    return lb_asprintf("%s/%s/%u.ws", catalog_dir, vm, number);
+    return number ? lb_asprintf("%s/%s/%u.ws", catalog_dir, vm, number) : lb_asprintf("%s/%s/suspend.ws", catalog_dir, vm);
 }
 
 void lb_ws_load(const char *path, const struct lb_ckpt_id *id, uint64_t **v, uint64_t *n)
@@ -33,7 +33,7 @@ void lb_ws_load(const char *path, const struct lb_ckpt_id *id, uint64_t **v, uin
         return;
     memcpy(&h, data, sizeof(h));
     h.n = le64toh(h.n);
-    if (memcmp(h.magic, MAGIC, 8) || memcmp(h.id, id->b, sizeof(h.id)) || h.n > LB_WS_MAX_PAGES ||
+    if (memcmp(h.magic, MAGIC, 8) || (id && memcmp(h.id, id->b, sizeof(h.id))) || h.n > LB_WS_MAX_PAGES ||
         len != sizeof(h) + h.n * sizeof(**v) + sizeof(check))
         return;
     memcpy(&check, data + len - sizeof(check), sizeof(check));

@@ -12,6 +12,7 @@
 #include "checkpoint/restore_internal.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/random.h>
 
@@ -35,6 +36,7 @@ struct opening {
     struct lb_restore *r;
     pthread_t thread;
     bool started;
+    _Atomic bool enough;              /* the hypervisor has started */
     int rc;
     struct lb_error err;
 };
@@ -68,6 +70,8 @@ static void *opening_main(void *arg)
                     lb_chain_state(r->chain, &r->state, &r->state_len, &o->err) || (r->lazy && open_hot(r, &o->err))
                 ? -1
                 : 0;
+    if (!o->rc && r->lazy)
+        lb_chain_warm(r->chain, r->hot, r->n_hot, &o->enough);
     return NULL;
 }
 
@@ -81,6 +85,7 @@ static int open_begin(struct opening *o, struct lb_error *err)
 
 static int open_end(struct opening *o, struct lb_error *err)
 {
+    atomic_store(&o->enough, true);
     if (o->started)
         pthread_join(o->thread, NULL);
     if (o->started && o->rc && err)
@@ -205,8 +210,7 @@ static int begin_fill(struct lb_restore *r, struct lb_error *err)
     r->fill->n_hot = r->n_hot;
     if (r->own)
         r->fill->remove_path = lb_strdup(r->ck.path);
-    else
-        r->fill->ws_path = lb_ws_path(r->env->catalog_dir, r->ck.vm, r->ck.number);
+    r->fill->ws_path = lb_ws_path(r->env->catalog_dir, r->ck.vm, r->ck.number);
     return lb_fill_start(r->fill, err);
 }
 

@@ -150,6 +150,9 @@ const struct lb_ckpt_block *lb_chain_blocks(const struct lb_chain *c, unsigned *
 int lb_chain_state(struct lb_chain *c, void **buf, size_t *len, struct lb_error *err);
 /* As lb_ckpt_put_hot had it; *v malloc'ed, NULL and 0 when there is none. */
 int lb_chain_hot(struct lb_chain *c, uint64_t **v, uint64_t *n, struct lb_error *err);
+/* Reads and unpacks in advance what these pages (as in lb_chain_hot; a hint) are in: as much as is kept for a while, or
+ * until *stop. Any thread. */
+void lb_chain_warm(struct lb_chain *c, const uint64_t *v, uint64_t n, _Atomic bool *stop);
 /* Set the bits of the pages that are not zero. */
 int lb_chain_populated(struct lb_chain *c, unsigned block, struct lb_bitmap *pages, struct lb_error *err);
 

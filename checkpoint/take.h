@@ -76,6 +76,7 @@ struct lb_take {
     struct lb_ckpt_writer *writer;
 
     struct lb_bitmap *dirty;         /* per block: what is to be copied next */
+    uint64_t *learned, n_learned;    /* a suspend: what the guest needed first when it last came back */
     struct lb_bitmap *recent[LB_TAKE_RECENT]; /* per block: written lately, the latest first; NULL */
     uint64_t copied_pages, total_pages;
     struct lb_take_pages late;

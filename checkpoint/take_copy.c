@@ -11,6 +11,7 @@
  * The pause is as long as what was written since the last round needs to be copied to our own memory. When that
  * is more than this host can lend, the rest goes straight to the file: a longer pause, never a failure.
  */
+#include "checkpoint/fill.h"
 #include "checkpoint/take.h"
 
 #include <errno.h>
@@ -23,8 +24,14 @@
 #define SAMPLE_MS 50u
 #define SPARE_PAGES 2048u
 #define HOT_MAX 65536u               /* 256 MiB: more than a disk reads before the guest asks */
+#define LEARNED_MAX 8192u            /* read before the guest runs, or soon after */
 
 /* ------------------------------------------------------------------------- reading */
+
+static uint64_t hot_page(uint64_t v)
+{
+    return v & ((UINT64_C(1) << 40) - 1);
+}
 
 static bool readable(const struct lb_ram_block *b)
 {
@@ -398,12 +405,29 @@ int lb_take_write_late(struct lb_take *t, struct lb_error *err)
 
 /* ------------------------------------------------------------------------- suspend */
 
+/* Hints, of another machine perhaps that had the name. */
+static void load_learned(struct lb_take *t)
+{
+    LB_AUTO_FREE char *path = lb_ws_path(t->env->catalog_dir, t->entry.name, 0);
+    uint64_t n, kept = 0;
+
+    lb_ws_load(path, NULL, &t->learned, &n);
+    for (uint64_t i = 0; i < n && kept < LEARNED_MAX; i++) {
+        uint64_t block = t->learned[i] >> 40;
+
+        if (block < t->n_blocks && t->blocks[block].kind == LB_RAM_MAIN && hot_page(t->learned[i]) < t->dirty[block].n_bits)
+            t->learned[kept++] = t->learned[i];
+    }
+    t->n_learned = kept;
+}
+
 int lb_take_sample(struct lb_take *t, struct lb_error *err)
 {
     struct lb_error why = LB_ERROR_INIT;
 
     if (new_bitmaps(t, &t->dirty, err))
         return -1;
+    load_learned(t);
     if (t->paused)
         return 0;
     /* Without a log there are no hot pages, nothing else. */
@@ -416,6 +440,24 @@ int lb_take_sample(struct lb_take *t, struct lb_error *err)
     return 0;
 }
 
+static int copy_hot(struct lb_take *t, unsigned block, struct lb_error *err)
+{
+    struct lb_bitmap hot = {0};
+    int rc = lb_bitmap_init(&hot, t->dirty[block].n_bits, err);
+
+    if (!rc && t->recent[0])
+        lb_bitmap_or(&hot, &t->recent[0][block]);
+    for (uint64_t i = 0; !rc && i < t->n_learned; i++)
+        if (t->learned[i] >> 40 == block && lb_bitmap_test(&t->dirty[block], hot_page(t->learned[i])))
+            lb_bitmap_set(&hot, hot_page(t->learned[i]));
+    if (!rc)
+        rc = copy_block(t, block, &hot, NULL, err);
+    if (!rc)
+        lb_bitmap_andnot(&t->dirty[block], &hot);
+    lb_bitmap_free(&hot);
+    return rc;
+}
+
 /* The hot pages first: those that are needed first lie together. */
 int lb_take_all_pages(struct lb_take *t, struct lb_error *err)
 {
@@ -423,13 +465,9 @@ int lb_take_all_pages(struct lb_take *t, struct lb_error *err)
         return -1;
     if (all_there_is(t, err))
         return -1;
-    for (unsigned b = 0; b < t->n_blocks && t->recent[0]; b++) {
-        if (t->blocks[b].kind != LB_RAM_MAIN)
-            continue;
-        if (copy_block(t, b, &t->recent[0][b], NULL, err))
+    for (unsigned b = 0; b < t->n_blocks; b++)
+        if (t->blocks[b].kind == LB_RAM_MAIN && copy_hot(t, b, err))
             return -1;
-        lb_bitmap_andnot(&t->dirty[b], &t->recent[0][b]);
-    }
     return copy_dirty(t, false, err);
 }
 
@@ -442,6 +480,11 @@ int lb_take_put_hot(struct lb_take *t, struct lb_error *err)
 
     if (!v)
         return -1;
+    for (uint64_t i = 0; i < t->n_learned; i++) {
+        v[n++] = t->learned[i];
+        for (unsigned r = 0; r < LB_TAKE_RECENT && t->recent[r]; r++) /* each page once */
+            lb_bitmap_clear(&t->recent[r][t->learned[i] >> 40], hot_page(t->learned[i]));
+    }
     for (unsigned r = 0; r < LB_TAKE_RECENT && t->recent[r]; r++)
         for (unsigned b = 0; b < t->n_blocks; b++) {
             if (t->blocks[b].kind != LB_RAM_MAIN)
@@ -450,7 +493,7 @@ int lb_take_put_hot(struct lb_take *t, struct lb_error *err)
                  at = first + count)
                 for (uint64_t p = first; p < first + count; p++)
                     v[n++] = (uint64_t)b << 40 | p;
-            for (unsigned k = r + 1; k < LB_TAKE_RECENT && t->recent[k]; k++) /* each page once */
+            for (unsigned k = r + 1; k < LB_TAKE_RECENT && t->recent[k]; k++)
                 lb_bitmap_andnot(&t->recent[k][b], &t->recent[r][b]);
         }
     return n ? lb_ckpt_put_hot(t->writer, v, n, err) : 0;
@@ -463,6 +506,7 @@ void lb_take_free_pages(struct lb_take *t)
     if (t->late.pages)
         munmap(t->late.pages, t->late.cap * sizeof(*t->late.pages));
     free(t->late.parts);
+    free(t->learned);
     free_bitmaps(t, &t->dirty);
     for (unsigned r = 0; r < LB_TAKE_RECENT; r++)
         free_bitmaps(t, &t->recent[r]);

@@ -7,6 +7,7 @@
 #include <dirent.h>
 
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/fill.h"
 
 #define GUEST_S 90
 #define MAX_VMS 8
@@ -221,6 +222,27 @@ static unsigned qemus(void)
 
 /* --------------------------------------------------------------- suspend, resume */
 
+/* What the guest needed when it last came back is what its next suspend expects first. */
+static void learned_is_hot(void)
+{
+    LB_AUTO_FREE char *path = lb_ws_path(m.env.catalog_dir, "t", 0);
+    LB_AUTO_FREE uint64_t *learned = NULL, *hot = NULL;
+    struct lb_chain *c;
+    struct lb_ckpt_entry e;
+    uint64_t n, n_hot;
+
+    lb_ws_load(path, NULL, &learned, &n);
+    print_message("%llu pages learned\n", (unsigned long long)n);
+    assert_in_range(n, 100, 8192);
+    OK(lb_catalog_find(m.env.catalog_dir, "t@suspend", NULL, &e, err));
+    OK(lb_catalog_open(m.env.catalog_dir, &e, NULL, &c, err));
+    OK(lb_chain_hot(c, &hot, &n_hot, err));
+    assert_true(n_hot >= n);
+    assert_memory_equal(hot, learned, n * sizeof(*hot));
+    lb_chain_close(c);
+    lb_ckpt_entry_free(&e);
+}
+
 static void suspend_and_resume(bool eager, struct lb_ckpt_key *key)
 {
     struct lb_restore_opts o = {.eager = eager, .key = key};
@@ -232,6 +254,8 @@ static void suspend_and_resume(bool eager, struct lb_ckpt_key *key)
     for (int i = 0; i < 2; i++) {
         take(true, key);
         assert_int_equal(entry_of("t").state, LB_VM_SUSPENDED);
+        if (i && !eager)
+            learned_is_hot();
         if (key) {
             struct lb_restore_opts without = {.eager = eager};
             why = refused("t@suspend", &without);
@@ -243,6 +267,7 @@ static void suspend_and_resume(bool eager, struct lb_ckpt_key *key)
         after = wait_good("t");
         assert_true(after.nonce == before.nonce);
         assert_true(after.passes > before.passes);
+        assert_true(exists("state/checkpoints/t/suspend.ws") == !eager); /* all of it was there */
         before = after;
     }
 }
