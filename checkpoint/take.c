@@ -364,10 +364,11 @@ static int end_process(struct lb_take *t, struct lb_error *err)
 
 static int suspend(struct lb_take *t, struct lb_error *err)
 {
+    lb_sm_move(&t->sm, S_COPY);
+    lb_ckpt_meter_phase(&t->meter, LB_CKPT_COPYING, 3);
     if (lb_take_sample(t, err) || lb_take_check_cancel(t, err))
         return -1;
     lb_sm_move(&t->sm, S_PAUSED);
-    lb_ckpt_meter_phase(&t->meter, LB_CKPT_COPYING, 3);
     if (lb_take_pause(t, err))
         return -1;
     lb_point("take-paused");

@@ -105,9 +105,9 @@ int lb_take_reserve(struct lb_take *t, struct lb_error *err);
 /* Guest stopped: what it wrote since the log was last fetched, to memory; what does not fit to the file. */
 int lb_take_last_pages(struct lb_take *t, struct lb_error *err);
 int lb_take_write_late(struct lb_take *t, struct lb_error *err);
-/* A suspend. The guest runs for a moment more: what it writes, it will want first. */
+/* A suspend. The guest runs for a moment more: what it writes, it will want first. Meanwhile copying begins. */
 int lb_take_sample(struct lb_take *t, struct lb_error *err);
-/* Guest stopped: everything, straight to the file. */
+/* Guest stopped: everything else, straight to the file. */
 int lb_take_all_pages(struct lb_take *t, struct lb_error *err);
 int lb_take_put_hot(struct lb_take *t, struct lb_error *err);
 void lb_take_free_pages(struct lb_take *t);

@@ -2,7 +2,7 @@
  * checkpoint/take_copy.c - memory into the file.
  *
  *   live     |-- everything --|stop|-- written meanwhile --|stop|-- ... --|stop  last pages to memory, state|-- write --|
- *   suspend  |-- sample --|stop  state, everything
+ *   suspend  |-- 50 ms: what it needed first the last time, some more --|stop  state, written meanwhile, everything else
  *
  * A page that is copied while the guest writes it may be torn; it is in the log then, and copied again. One that
  * the log has already when its turn comes is left to the next round. The log is fetched only while the guest is
@@ -421,8 +421,51 @@ static void load_learned(struct lb_take *t)
     t->n_learned = kept;
 }
 
+static int copy_learned(struct lb_take *t, unsigned block, struct lb_error *err)
+{
+    struct lb_bitmap set = {0};
+    int rc = lb_bitmap_init(&set, t->dirty[block].n_bits, err);
+
+    for (uint64_t i = 0; !rc && i < t->n_learned; i++)
+        if (t->learned[i] >> 40 == block && lb_bitmap_test(&t->dirty[block], hot_page(t->learned[i])))
+            lb_bitmap_set(&set, hot_page(t->learned[i]));
+    if (!rc)
+        rc = copy_block(t, block, &set, NULL, err);
+    if (!rc)
+        lb_bitmap_andnot(&t->dirty[block], &set);
+    lb_bitmap_free(&set);
+    return rc;
+}
+
+/* What will be needed first lies together, at the beginning of the file. */
+static int copy_all_learned(struct lb_take *t, struct lb_error *err)
+{
+    for (unsigned b = 0; b < t->n_blocks; b++)
+        if (t->blocks[b].kind == LB_RAM_MAIN && copy_learned(t, b, err))
+            return -1;
+    return 0;
+}
+
+/* Of dirty[], a chunk at a time until it is late; it is taken out of it. */
+static int copy_some(struct lb_take *t, unsigned block, uint64_t until_ns, struct lb_error *err)
+{
+    uint32_t pages[LB_CKPT_CHUNK_PAGES];
+    uint64_t at = 0, first, count;
+
+    while (lb_now_ns() < until_ns && lb_bitmap_next_run(&t->dirty[block], at, LB_CKPT_CHUNK_PAGES, &first, &count)) {
+        at = first + count;
+        for (unsigned i = 0; i < count; i++)
+            pages[i] = (uint32_t)(first + i);
+        if (put_pages(t, block, pages, (unsigned)count, err) || after_chunk(t, count, err))
+            return -1;
+        lb_bitmap_clear_range(&t->dirty[block], first, count);
+    }
+    return 0;
+}
+
 int lb_take_sample(struct lb_take *t, struct lb_error *err)
 {
+    uint64_t until_ns = lb_now_ns() + SAMPLE_MS * UINT64_C(1000000), now;
     struct lb_error why = LB_ERROR_INIT;
 
     if (new_bitmaps(t, &t->dirty, err))
@@ -430,45 +473,42 @@ int lb_take_sample(struct lb_take *t, struct lb_error *err)
     load_learned(t);
     if (t->paused)
         return 0;
-    /* Without a log there are no hot pages, nothing else. */
+    /* Without a log everything is copied when the guest is stopped, and nothing is known to be hot. */
     if (lb_hv_log_enable(t->vm, &why)) {
         lb_log_error(LB_LOG_INFO, &why);
         return 0;
     }
     t->logging = true;
-    lb_sleep_ms(SAMPLE_MS);
+    if (all_there_is(t, err) || copy_all_learned(t, err))
+        return -1;
+    for (unsigned b = 0; b < t->n_blocks; b++)
+        if (t->blocks[b].kind == LB_RAM_MAIN && copy_some(t, b, until_ns, err))
+            return -1;
+    now = lb_now_ns();
+    if (now < until_ns)
+        lb_sleep_ms((unsigned)((until_ns - now) / 1000000 + 1));
     return 0;
 }
 
-static int copy_hot(struct lb_take *t, unsigned block, struct lb_error *err)
+/* What was written since is copied (again), and what has not been copied yet. */
+static int copy_rest(struct lb_take *t, struct lb_error *err)
 {
-    struct lb_bitmap hot = {0};
-    int rc = lb_bitmap_init(&hot, t->dirty[block].n_bits, err);
+    struct lb_bitmap *left = LB_STEAL_PTR(t->dirty);
+    int rc = new_bitmaps(t, &t->dirty, err) || fetch_log(t, err) || remember(t, err) || copy_dirty(t, false, err) ? -1 : 0;
 
-    if (!rc && t->recent[0])
-        lb_bitmap_or(&hot, &t->recent[0][block]);
-    for (uint64_t i = 0; !rc && i < t->n_learned; i++)
-        if (t->learned[i] >> 40 == block && lb_bitmap_test(&t->dirty[block], hot_page(t->learned[i])))
-            lb_bitmap_set(&hot, hot_page(t->learned[i]));
-    if (!rc)
-        rc = copy_block(t, block, &hot, NULL, err);
-    if (!rc)
-        lb_bitmap_andnot(&t->dirty[block], &hot);
-    lb_bitmap_free(&hot);
+    for (unsigned b = 0; b < t->n_blocks && !rc; b++) {
+        lb_bitmap_andnot(&left[b], &t->dirty[b]);
+        rc = copy_block(t, b, &left[b], NULL, err);
+    }
+    free_bitmaps(t, &left);
     return rc;
 }
 
-/* The hot pages first: those that are needed first lie together. */
 int lb_take_all_pages(struct lb_take *t, struct lb_error *err)
 {
-    if (t->logging && (fetch_log(t, err) || remember(t, err)))
-        return -1;
-    if (all_there_is(t, err))
-        return -1;
-    for (unsigned b = 0; b < t->n_blocks; b++)
-        if (t->blocks[b].kind == LB_RAM_MAIN && copy_hot(t, b, err))
-            return -1;
-    return copy_dirty(t, false, err);
+    if (t->logging)
+        return copy_rest(t, err);
+    return all_there_is(t, err) || copy_all_learned(t, err) || copy_dirty(t, false, err) ? -1 : 0;
 }
 
 /* ----------------------------------------------------------------------------- hot */
