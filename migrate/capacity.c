@@ -41,8 +41,7 @@ uint64_t lb_capacity_ram_of(char *const *argv)
     return bytes;
 }
 
-/* What the process occupies, huge pages too. */
-static uint64_t resident_bytes(pid_t pid)
+uint64_t lb_capacity_resident(pid_t pid)
 {
     static const char *const keys[] = {"\nVmRSS:", "\nHugetlbPages:"};
     LB_AUTO_FREE char *path = lb_asprintf("/proc/%d/status", (int)pid), *text = NULL;
@@ -68,7 +67,7 @@ static uint64_t memory_of(const struct lb_vm_entry *e)
     if (!lb_proc_cmdline(e->proc.pid, &argv, NULL))
         ram = lb_capacity_ram_of(argv);
     lb_strv_free(argv);
-    return LB_MAX(lb_preflight_need_bytes(ram), resident_bytes(e->proc.pid));
+    return LB_MAX(lb_preflight_need_bytes(ram), lb_capacity_resident(e->proc.pid));
 }
 
 /* ----------------------------------------------------------------------------- host */
@@ -189,7 +188,8 @@ static json_t *key_of(const struct lb_hosts *hosts, const char *name)
 
 static json_t *vm_json(const struct lb_host_config *cfg, const struct lb_vm_entry *e, const struct lb_hosts *hosts)
 {
-    json_t *o = json_pack("{s:s, s:I}", "name", e->name, "memory_bytes", (json_int_t)memory_of(e));
+    json_t *o = json_pack("{s:s, s:I, s:I}", "name", e->name, "memory_bytes", (json_int_t)memory_of(e), "touched_bytes",
+                          (json_int_t)lb_capacity_resident(e->proc.pid));
 
     json_object_set_new(o, "together", groups_of(&cfg->together, e->name));
     json_object_set_new(o, "apart", groups_of(&cfg->apart, e->name));
@@ -213,7 +213,7 @@ json_t *lb_capacity_fragment(const char *state_dir, const struct lb_host_config 
         for (unsigned i = 0; i < n; i++) {
             if (v[i].proc.pid <= 0 || !lb_proc_alive(&v[i].proc))
                 continue;
-            in_vms += resident_bytes(v[i].proc.pid);
+            in_vms += lb_capacity_resident(v[i].proc.pid);
             if (runs_here(v[i].state))
                 json_array_append_new(vms, vm_json(cfg, &v[i], &hosts));
             else if (v[i].state == LB_VM_STANDBY || v[i].state == LB_VM_INCOMING)

@@ -11,7 +11,8 @@
  *   { "key": "lb1...",              the host's
  *     "host": {...},                as in "hosts" of inventory.h; "features" are words "CPUID.7.0.EBX:0x0..." (32 bits each);
  *                                   "link_bytes_per_s" only when it is configured there
- *     "vms": [{"name", "memory_bytes", "together", "apart", "priority", "backup": KEY}],  those that run there
+ *     "vms": [{"name", "memory_bytes", "touched_bytes", "together", "apart", "priority", "backup": KEY}],  those that run
+ *                                   there; touched: what the process occupies
  *     "kept": [{"name", "memory_bytes", "of": KEY}] }    memory that VMs of other hosts have there: standbys, and those coming
  * Hosts mean each other by their keys, as each has names of its own for the others ("": a key it does not know).
  *
@@ -36,6 +37,8 @@ json_t *lb_capacity_fragment(const char *state_dir, const struct lb_host_config 
                              struct lb_error *err);
 /* Guest memory as the command line of a QEMU says. */
 uint64_t lb_capacity_ram_of(char *const *argv);
+/* What a process occupies, huge pages too; 0: it is gone. */
+uint64_t lb_capacity_resident(pid_t pid);
 
 /* ---- its VMs (survey.c) */
 struct lb_survey_vm {

@@ -351,7 +351,7 @@ static void add_own(struct build *b, const struct lb_survey_vm *vm)
 /* As the peer said it, by the names of this host; "backup" is still a key. */
 static json_t *their_vm(const struct build *b, const struct lb_peer *p, const json_t *said)
 {
-    static const char *const fields[] = {"memory_bytes", "priority"};
+    static const char *const fields[] = {"memory_bytes", "touched_bytes", "priority"};
     const char *name = json_string_value(json_object_get(said, "name"));
     json_t *o = json_pack("{s:o, s:o}", "name", lb_json_text(name), "host", lb_json_text(p->host.name)), *v;
 

@@ -180,7 +180,7 @@ static void look_outside(struct lb_survey_vm *vm, const struct lb_vm_entry *e)
     if (!vm->memory_bytes)
         vm->memory_bytes = lb_preflight_need_bytes(lb_capacity_ram_of(d.argv));
     if (!vm->touched_bytes)
-        vm->touched_bytes = vm->memory_bytes;
+        vm->touched_bytes = LB_MIN(vm->memory_bytes, lb_capacity_resident(e->proc.pid));
     if (!vm->described)
         check(vm, &d);
     lb_strv_free(d.argv);

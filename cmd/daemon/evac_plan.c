@@ -7,7 +7,6 @@
  * not trust are in it with the command that would change that. What is planned for one host alone (the "evacuate" of the
  * planner is this host) still needs the others' VMs: their memory, their groups, and whose backups are here.
  */
-#include <errno.h>
 #include <pthread.h>
 #include <sodium.h>
 #include <stdatomic.h>
@@ -20,6 +19,7 @@
 #include "remus/directory.h"
 
 #define ASK_PARALLEL 16u
+#define TOP_NS UINT64_C(2000000000)
 #define DIRECTORY_NS UINT64_C(3000000000)
 #define SETUP_S 0.35
 #define DOWNTIME_MS 30
@@ -133,6 +133,50 @@ static int open_planner(struct planner *p, struct lb_error *err)
 
 /* ------------------------------------------------------------------------ this host */
 
+/* What this host's protections say of themselves; NULL: nobody answers. */
+static json_t *protections(const char *socket)
+{
+    LB_AUTO_FD int fd = *socket ? lb_unix_connect(socket, NULL) : -1;
+    Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
+    Lb__RpcName top = LB__RPC_NAME__INIT;
+    Lb__RpcReply *reply;
+    json_t *o, *list;
+
+    r.kind_case = LB__RPC_REQUEST__KIND_TOP;
+    r.top = &top;
+    if (fd < 0 || lb_rpc_send(fd, &r.base, lb_now_ns() + TOP_NS, NULL))
+        return NULL;
+    reply = (Lb__RpcReply *)lb_rpc_recv(fd, &lb__rpc_reply__descriptor, lb_now_ns() + TOP_NS, -1, NULL);
+    if (!reply)
+        return NULL;
+    o = reply->kind_case == LB__RPC_REPLY__KIND_RESULT_JSON ? json_loads(reply->result_json, 0, NULL) : NULL;
+    lb__rpc_reply__free_unpacked(reply, NULL);
+    list = json_incref(json_object_get(o, "protections"));
+    json_decref(o);
+    return list;
+}
+
+/* Of those that a protection works on: what it finds dirty. It looks many times a second, and finds a page each time that is
+ * dirtied again and again: what was sampled before it began is nearer to the truth when it is less. */
+static void take_rates(struct planner *p)
+{
+    json_t *list = protections(p->start->socket), *o;
+    size_t i;
+
+    json_array_foreach (list, i, o)
+        for (unsigned k = 0; k < p->n_vms; k++) {
+            struct lb_survey_vm *vm = &p->vms[k];
+            const char *name = json_string_value(json_object_get(o, "vm"));
+            double rate = json_number_value(json_object_get(o, "dirty_pages")) * LB_PAGE_SIZE *
+                          json_number_value(json_object_get(o, "epochs_per_s"));
+
+            if (!vm->sampled && name && !strcmp(name, vm->name) && rate > 0 && rate < (double)LB_INV_MAX_BYTES &&
+                (!vm->dirty_bytes_per_s || rate < (double)vm->dirty_bytes_per_s))
+                vm->dirty_bytes_per_s = (uint64_t)rate;
+        }
+    json_decref(list);
+}
+
 static int look_here(struct planner *p, struct lb_error *err)
 {
     struct lb_survey_opts o = {.state_dir = p->start->state_dir, .hv = &lb_hv_qemu, .cancel_fd = lb_sess_cancel_fd(p->s)};
@@ -142,6 +186,7 @@ static int look_here(struct planner *p, struct lb_error *err)
     note(p, "looking at the VMs of this host");
     if (lb_survey(&o, &p->vms, &p->n_vms, err))
         return -1;
+    take_rates(p);
     p->descs = lb_alloc((p->n_vms + 1) * sizeof(*p->descs));
     for (unsigned i = 0; i < p->n_vms; i++) {
         sampled += p->vms[i].sampled;

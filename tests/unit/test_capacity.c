@@ -111,7 +111,7 @@ static void two_hosts(void **state)
     (void)state;
     add_vm("web1");
     add_peer("b", KEY_B, fragment("{\"key\":\"" KEY_B "\"," HOST("8589934592") ",\"vms\":[{\"name\":\"web1\",\"memory_bytes\":"
-                                  "1000,\"together\":[\"g\"],\"apart\":[],\"priority\":3}],\"kept\":[]}"));
+                                  "1000,\"touched_bytes\":300,\"together\":[\"g\"],\"apart\":[],\"priority\":3}],\"kept\":[]}"));
     merge();
     assert_int_equal(inv.n_hosts, 2);
     assert_string_equal(inv.hosts[0].name, "a");
@@ -126,6 +126,7 @@ static void two_hosts(void **state)
     assert_int_equal(vm_named("web1")->dirty_bytes_per_s, 1000);
     assert_int_equal(vm_named("web1 (b)")->host, 1); /* another VM of the same name */
     assert_int_equal(vm_named("web1 (b)")->priority, 3);
+    assert_int_equal(vm_named("web1 (b)")->touched_bytes, 300);
     assert_true(has_word(&vm_named("web1 (b)")->together, "g"));
     assert_true(inv.setup_s == 0.5);
 }
