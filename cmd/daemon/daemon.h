@@ -307,6 +307,8 @@ json_t *lb_maintenance_status(struct daemon *d);
 /* From sessions.c: a session said something; is gone (s is still complete). */
 void lb_evac_heard(struct session *s, const char *kind, const char *text);
 void lb_evac_session_over(struct session *s);
+/* Something may have become possible. */
+void lb_evac_step(struct daemon *d);
 /* At start: one that an earlier supervisor did not end goes on. */
 void lb_evac_resume(struct daemon *d);
 

@@ -336,7 +336,8 @@ static struct lb_evac_progress progress_of(const json_t *o, const char *state)
         .percent = real(o, "percent"),
         .bytes = real(o, "sent_bytes"),
         .throughput = real(o, "throughput_bytes_per_s"),
-        .dirty_bytes_per_s = real(o, "dirty_rate_bytes_per_s"),
+        /* before the first round has ended it is a guess worse than the plan's */
+        .dirty_bytes_per_s = real(o, "round") > 0 ? real(o, "dirty_rate_bytes_per_s") : -1,
         .eta_s = real(o, "eta_s"),
     };
 }
@@ -359,10 +360,20 @@ static void take_progress(struct daemon *d, struct lb_evac_item *it, const struc
 
 /* --------------------------------------------------------------- beginning what is to be done */
 
+/* How many share what may be sent. */
+static unsigned at_once(const struct lb_evac *e)
+{
+    unsigned n = 0;
+
+    for (unsigned i = 0; i < e->n_items; i++)
+        n += e->items[i].kind == LB_EVAC_COPY && e->items[i].state != LB_EVAC_DONE && e->items[i].state != LB_EVAC_LEFT;
+    return LB_MAX(LB_MIN(n, e->parallel), 1u);
+}
+
 static void copy_options(const struct lb_evac *e, const struct lb_evac_item *it, Lb__MigrateOptions *o)
 {
     o->compress = LB_RPC_COMPRESS_CONFIGURED;
-    o->bandwidth_bytes_per_s = e->opts.bandwidth_bytes_per_s / e->parallel;
+    o->bandwidth_bytes_per_s = e->opts.bandwidth_bytes_per_s / at_once(e);
     /* Others on the link may be why it does not converge: it is slowed only when it has been alone. */
     o->no_throttle = !lb_evac_may_throttle(e, it);
     o->max_downtime_ms = lb_evac_may_pause(e, it) ? PAUSE_MS : 0;
@@ -697,6 +708,12 @@ static void step(struct daemon *d)
         say(d);
 }
 
+void lb_evac_step(struct daemon *d)
+{
+    if (d->evacuation)
+        step(d);
+}
+
 static void on_tick(evutil_socket_t fd, short what, void *arg)
 {
     (void)fd;
@@ -760,7 +777,8 @@ void lb_evac_heard(struct session *s, const char *kind, const char *text)
 static void take_result(struct lb_evac_item *it, const struct session *s)
 {
     json_t *o = s->result ? json_loads(s->result, 0, NULL) : NULL;
-    double downtime = real(o, it->kind == LB_EVAC_SUSPEND ? "pause_ms" : "downtime_ms"), bytes = real(o, "wire_bytes");
+    const char *key = it->kind == LB_EVAC_SUSPEND ? "pause_ms" : it->kind == LB_EVAC_SWAP ? "last_failover_took_ms" : "downtime_ms";
+    double downtime = real(o, key), bytes = real(o, "wire_bytes");
 
     if (downtime >= 0)
         it->downtime_ms = downtime;

@@ -105,6 +105,7 @@ static void finish(struct session *s)
     session_free(s);
     if (!undecided)
         lb_daemon_scan(d);
+    lb_evac_step(d);
 }
 
 static void on_grace_over(evutil_socket_t fd, short what, void *arg)
