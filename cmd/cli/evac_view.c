@@ -171,7 +171,7 @@ static void print_rate(FILE *f, const json_t *o)
 {
     char buf[32];
 
-    if (lb_jnum(o, "throughput_bytes_per_s") > 0)
+    if (lb_jnum(o, "throughput_bytes_per_s") >= 1)
         fprintf(f, "  %s/s", lb_human_bytes(buf, sizeof(buf), lb_jnum(o, "throughput_bytes_per_s")));
 }
 
@@ -195,10 +195,11 @@ static void print_active(const struct lb_evac_view *v, FILE *f, const json_t *it
     m = open_memstream(&text, &n);
     print_bar(m, lb_jnum(item, "percent"), cols);
     fprintf(m, "%s%*s  %s", label, (int)label_cols - (int)LB_MIN(columns_of(label), label_cols), "", working(item));
-    print_rate(m, item);
-    if (lb_jnum(item, "bytes") > 0)
+    if (is(item, "state", "sending")) {
+        print_rate(m, item);
         fprintf(m, "  %s sent", lb_human_bytes(bytes, sizeof(bytes), lb_jnum(item, "bytes")));
-    print_eta(m, item);
+        print_eta(m, item);
+    }
     fclose(m);
     print_cut(f, text, cols - 1);
     free(label);
@@ -390,7 +391,7 @@ static void take_evacuation(struct lb_evac_view *v, FILE *f, const json_t *ev)
     v->percent = LB_MIN(LB_MAX(v->percent, lb_jnum(ev, "percent")), 100.0);
     json_array_foreach (json_object_get(ev, "items"), i, item)
         take_item(v, f, item);
-    if (is_of_item(json_object_get(ev, "items"), lb_jstr(ev, "note")))
+    if (!v->begun || is_of_item(json_object_get(ev, "items"), lb_jstr(ev, "note")))
         snprintf(v->note, sizeof(v->note), "%s", lb_jstr(ev, "note"));
     take_note(v, f, lb_jstr(ev, "note"));
     if (!v->begun)
@@ -524,8 +525,8 @@ void lb_evac_view_result(struct lb_evac_view *v, const json_t *o)
     } else {
         fprintf(v->f, "%s: %u VM%s left", is(o, "phase", "cancelled") ? "cancelled" : "not empty", done, done == 1 ? "" : "s");
         print_sums(v->f, o);
-        fprintf(v->f, "%u run%s here; `lifeboat evacuate` goes on, `lifeboat maintenance off --bring-back` reverses what was done\n",
-                left, left == 1 ? "s" : "");
+        fprintf(v->f, "%u run%s here; `lifeboat evacuate` goes on%s\n", left, left == 1 ? "s" : "",
+                done ? ", `lifeboat maintenance off --bring-back` reverses what was done" : "");
     }
     print_left(v->f, o);
     fflush(v->f);

@@ -463,7 +463,8 @@ static void test_attached(void **state)
 
     (void)state;
     begin(&r, false, 0, 0);
-    event(&r, story[3]);
+    event(&r, NOTED("old news", "running", "40", "12", "140", "2", "0", "0", "1", "0", "0") DONE("web1", "copy", "b", "21") ","
+                  ITEM("web2", "copy", "a", "c", "sending", "5", "1048576", "1048576", "9", "8", "0", "1", "", "") "]}");
     assert_string_equal(r.out, "web2 -> c: begun\n");
     event(&r, NOTED("not the end", "cancelling", "41", "13", "null", "2", "0", "0", "0", "0", "0") WAITS("web2", "copy", "c") "]}");
     assert_string_equal(r.out, "web2 -> c: begun\nweb2: stopped, it runs on where it was\n  not the end\n");
