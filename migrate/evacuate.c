@@ -862,7 +862,10 @@ static bool is_due(struct lb_evac *e, struct lb_evac_item *it, uint64_t now)
     if (!move_is_over(e, it, now))
         return false;
     h = peer_of(e, it);
-    return (!h || now >= h->not_before_ms) && has_slot(e, it) && !lb_evac_active(e, it->vm);
+    if ((h && now < h->not_before_ms) || !has_slot(e, it) || lb_evac_active(e, it->vm))
+        return false;
+    /* its protection ends before it is copied: it does not wait for a go later */
+    return !it->is_protected || it->kind != LB_EVAC_COPY || admits(e, it);
 }
 
 static bool next_begin(struct lb_evac *e, uint64_t now, struct lb_evac_order *o)

@@ -85,6 +85,7 @@ static bool maintenance_is_on(struct daemon *d)
     return on;
 }
 
+/* reason NULL: as it is. */
 static int set_maintenance(struct daemon *d, bool on, const char *reason, bool keep_left, struct lb_error *err)
 {
     struct lb_maintenance m;
@@ -93,7 +94,7 @@ static int set_maintenance(struct daemon *d, bool on, const char *reason, bool k
     if (!rc) {
         if (on && !m.on)
             m.since_ms = lb_wall_ms();
-        if (on)
+        if (reason)
             snprintf(m.reason, sizeof(m.reason), "%.127s", reason);
         if (!on && !keep_left)
             m.n_left = 0;
@@ -210,7 +211,7 @@ static void end(struct daemon *d)
     stop_ticking(v);
     lb_maintenance_load(d->opt.state_dir, &m, NULL);
     if (v->e->phase == LB_EVAC_CANCELLED && !v->e->returning && !v->maintenance_was_on && !m.n_left &&
-        set_maintenance(d, false, "", false, &err))
+        set_maintenance(d, false, NULL, false, &err))
         lb_log_error(LB_LOG_ERROR, &err);
     lb_maintenance_free(&m);
     save(d);
@@ -228,7 +229,7 @@ static void give_up(struct daemon *d, const struct lb_error *why)
     stop_ticking(v);
     lb_evac_free(LB_STEAL_PTR(v->e));
     if (lb_evac_remove(d->opt.state_dir, &err) ||
-        (!v->maintenance_was_on && set_maintenance(d, false, "", true, &err)))
+        (!v->maintenance_was_on && set_maintenance(d, false, NULL, true, &err)))
         lb_log_error(LB_LOG_ERROR, &err);
     lb_clients_settle(d, LB_EVAC_NAME, LB_WAIT_EVACUATED, NULL, why);
 }
@@ -498,11 +499,17 @@ static const char *role_of(const struct lb_evac_item *it)
                                          : "ask";
 }
 
+/* A restore goes on as a fill once the guest runs. */
+static bool works_for(const struct session *s, const struct lb_evac_item *it)
+{
+    return is(s, role_of(it)) || (it->kind == LB_EVAC_RESUME && is(s, "fill"));
+}
+
 static struct session *session_of(struct daemon *d, const struct lb_evac_item *it)
 {
     struct session *s = !strcmp(role_of(it), "ask") ? asking(d, it->vm) : lb_session_of_vm(d, it->vm);
 
-    return is(s, role_of(it)) ? s : NULL;
+    return works_for(s, it) ? s : NULL;
 }
 
 enum place {
@@ -510,6 +517,7 @@ enum place {
     HERE,   /* it runs here and nothing works on it, but perhaps what protects it */
     AWAY,   /* it does not run here, and will not by itself */
     DISK,   /* suspended on this host's disk */
+    FILLS,  /* it runs here, and its memory still comes */
     DEAD,
 };
 
@@ -529,6 +537,8 @@ static enum place place_of(struct daemon *d, const char *vm, char why[256])
         return AWAY;
     if (is(s, "protect") && (e.state == LB_VM_PROTECTED || e.state == LB_VM_RUNNING))
         return HERE;
+    if (e.state == LB_VM_FILLING && lb_proc_alive(&e.proc))
+        return FILLS;
     if (s || lb_vm_is_locked(d->opt.state_dir, vm))
         return BUSY;
     if (e.state == LB_VM_SUSPENDED)
@@ -545,7 +555,7 @@ static bool comes_here(const struct lb_evac_item *it)
 
 static bool reached(const struct lb_evac_item *it, enum place p)
 {
-    return comes_here(it) ? p == HERE : p == AWAY || p == DISK;
+    return comes_here(it) ? p == HERE || p == FILLS : p == AWAY || p == DISK;
 }
 
 static void leave_dead(struct daemon *d, struct lb_evac_item *it)
@@ -562,7 +572,7 @@ static void settle(struct daemon *d, struct lb_evac_item *it)
     char why[256];
     enum place p;
 
-    if (s) { /* it came back to a new supervisor */
+    if (s && !is(s, "fill")) { /* it came back to a new supervisor */
         lb_evac_found(e, it, s->peer, now_ms());
         take_progress(d, it, s);
         return;
@@ -572,7 +582,7 @@ static void settle(struct daemon *d, struct lb_evac_item *it)
         return;
     }
     p = place_of(d, it->vm, why);
-    if (p == BUSY)
+    if (p == BUSY || (p == FILLS && !comes_here(it)))
         return;
     if (p == DEAD) {
         leave_dead(d, it);
@@ -603,7 +613,7 @@ static bool may_begin(struct daemon *d, struct lb_evac_item *it)
         return false;
     }
     p = place_of(d, it->vm, why);
-    if (p == BUSY)
+    if (p == BUSY || (p == FILLS && !comes_here(it)))
         lb_evac_hold(e, it, why, now_ms());
     else if (p == DEAD && !comes_here(it))
         leave_dead(d, it);
@@ -675,6 +685,16 @@ static void find_others(struct daemon *d)
     }
 }
 
+/* Of an earlier supervisor, ready to leave, and in no list of ours: nobody would ever tell it to go. */
+static void cancel_strays(struct daemon *d)
+{
+    struct session *s;
+
+    LIST_FOREACH (s, &d->sessions, link)
+        if (is(s, "out") && !strcmp(s->state, "ready") && !lb_evac_active(d->evacuation->e, s->vm))
+            lb_session_order_cancel(s, NULL);
+}
+
 /* Everything that can be done now. */
 static void step(struct daemon *d)
 {
@@ -683,6 +703,9 @@ static void step(struct daemon *d)
 
     if (!runs(v) || lb_now_ns() < v->quiet_until_ns)
         return;
+    if (v->quiet_until_ns)
+        cancel_strays(d);
+    v->quiet_until_ns = 0;
     for (unsigned i = 0; i < v->e->n_items; i++)
         if (v->e->items[i].unsettled)
             settle(d, &v->e->items[i]);
@@ -738,7 +761,7 @@ static struct lb_evac_item *item_of(struct session *s)
     struct evacuation *v = s->d->evacuation;
     struct lb_evac_item *it = v && runs(v) ? lb_evac_active(v->e, s->vm) : NULL;
 
-    return it && is(s, role_of(it)) ? it : NULL;
+    return it && works_for(s, it) ? it : NULL;
 }
 
 /* It waits for a go that nobody will give. */
@@ -760,6 +783,10 @@ void lb_evac_heard(struct session *s, const char *kind, const char *text)
 
     if (v && v->planner == s && !strcmp(kind, "note"))
         lb_clients_tell(s->d, LB_EVAC_NAME, text);
+    if (!strcmp(kind, "running") && it && it->kind == LB_EVAC_RESUME) {
+        lb_evac_ended(v->e, it, NULL, now_ms());
+        return;
+    }
     if (strcmp(kind, "progress"))
         return;
     if (!it) {
@@ -944,7 +971,7 @@ static void op_run(struct daemon *d, struct client *c, const Lb__RpcEvacuate *r)
         lb_remedy(&err, "plan it anew: `lifeboat evacuate`");
     } else if (r->plan_id[0] || !new_evacuation(d, r, &err)) {
         v->maintenance_was_on = maintenance_is_on(d);
-        set_maintenance(d, true, REASON, true, &err);
+        set_maintenance(d, true, v->maintenance_was_on ? NULL : REASON, true, &err);
     }
     if (err.code) {
         lb_client_failure(c, &err, NULL);
@@ -1053,7 +1080,7 @@ static void maintenance_off(struct daemon *d, struct client *c, const Lb__RpcMai
 {
     struct lb_error err = LB_ERROR_INIT;
 
-    if (!refuse_two(ev(d), &err) && !set_maintenance(d, false, "", r->bring_back, &err)) {
+    if (!refuse_two(ev(d), &err) && !set_maintenance(d, false, NULL, r->bring_back, &err)) {
         lb_log(LB_LOG_INFO, "maintenance is over: this host takes VMs");
         if (r->bring_back) {
             bring_back(d, c, r->parallel, &err);
