@@ -17,9 +17,11 @@
 #define RESOLVE_MS 2000
 #define ACCEPT_MS 5000u
 #define BACKLOG 64
-/* The device waits 4.096 us * 2^16 = 0.27 s for an answer and tries 8 times: 2 s until it gives up. */
+/* The device waits 4.096 us * 2^16 = 0.27 s for an answer and tries 7 times: 2 s until it gives up. Not 8
+ * times: 7 retries are endless ones to soft-RoCE, as by the specification they are only when the other
+ * side has no buffer. */
 #define ACK_TIMEOUT 16
-#define RETRIES 7
+#define RETRIES 6
 #define REQUEST_BYTES (LB_PREAMBLE_BYTES + LB_RDMA_HELLO_BYTES) /* at most 56 */
 
 static const struct lb_rdma_hello MY_HELLO = {LB_RDMA_BUFS, LB_RDMA_BUF_BYTES};
