@@ -33,21 +33,21 @@
 /* -------------------------------------------------------------------------- serving */
 
 struct count {
-    uint64_t t_first, t_from, t_last; /* t_from: of what counts; 0: warming up */
-    uint64_t bytes, all;
+    uint64_t t_first, t_warm, t_last; /* t_warm 0: warming up */
+    uint64_t since_first, since_warm; /* bytes that came after those moments */
 };
 
 /* Counts one piece; the first only starts the clock. */
 static void count(struct count *c, size_t len, uint64_t now, unsigned max_ms)
 {
-    c->all += len;
-    if (!c->t_first) {
+    if (!c->t_first)
         c->t_first = now;
-    } else if (!c->t_from && now - c->t_first >= max_ms * UINT64_C(1000000) / 4) {
-        c->t_from = now;
-    } else if (c->t_from) {
-        c->bytes += len;
-    }
+    else
+        c->since_first += len;
+    if (c->t_warm)
+        c->since_warm += len;
+    else if (now - c->t_first >= max_ms * UINT64_C(1000000) / 4)
+        c->t_warm = now;
     c->t_last = now;
 }
 
@@ -64,7 +64,7 @@ static int receive(struct lb_chan *chan, unsigned max_ms, uint64_t max_bytes, st
         if (!len)
             return 0;
         count(c, len, lb_now_ns(), max_ms);
-        if (c->t_last - c->t_first >= max_ms * UINT64_C(1000000) || c->all >= max_bytes)
+        if (c->t_last - c->t_first >= max_ms * UINT64_C(1000000) || c->since_first >= max_bytes)
             return 0;
     }
 }
@@ -87,8 +87,8 @@ int lb_link_serve(struct lb_chan *chan, const Lb__LinkTest *t, struct lb_error *
     if (receive(chan, LB_MIN(LB_MAX(t->max_ms, 1), MOST_MS), LB_MIN(t->max_bytes ? t->max_bytes : MOST_BYTES, MOST_BYTES), &c,
                 err))
         return -1;
-    r.bytes = c.t_from ? c.bytes : c.all;
-    r.took_us = (c.t_last - (c.t_from ? c.t_from : c.t_first)) / 1000;
+    r.bytes = c.since_warm ? c.since_warm : c.since_first;
+    r.took_us = (c.t_last - (c.since_warm ? c.t_warm : c.t_first)) / 1000;
     m.kind_case = LB__CONTROL__KIND_LINK_RESULT;
     m.link_result = &r;
     if (lb_ctl_send(chan, &m, err))
@@ -99,11 +99,13 @@ int lb_link_serve(struct lb_chan *chan, const Lb__LinkTest *t, struct lb_error *
 
 /* ------------------------------------------------------------------------ measuring */
 
-static bool answered(const struct lb_chan *chan)
+/* POLLIN: it has answered; POLLOUT: there is room for more; 0: neither, and the time is over. */
+static short wait_for(const struct lb_chan *chan, uint64_t until_ns)
 {
-    struct pollfd p = {.fd = lb_chan_fd(chan), .events = POLLIN};
+    struct pollfd p = {.fd = lb_chan_fd(chan), .events = POLLIN | POLLOUT};
+    uint64_t now = lb_now_ns();
 
-    return poll(&p, 1, 0) > 0;
+    return poll(&p, 1, now < until_ns ? (int)((until_ns - now) / 1000000) + 1 : 0) > 0 ? p.revents : 0;
 }
 
 static int send_data(struct lb_chan *chan, uint8_t *data, size_t len, struct lb_error *err)
@@ -117,15 +119,22 @@ static int send_data(struct lb_chan *chan, uint8_t *data, size_t len, struct lb_
     return lb_ctl_send(chan, &m, err);
 }
 
+/* Until it answers, or for twice the time of the test; never longer in a send that gets nowhere. */
 static int flood(struct lb_chan *chan, struct lb_error *err)
 {
     LB_AUTO_FREE uint8_t *data = lb_alloc(PIECE_BYTES);
     uint64_t until = lb_now_ns() + 2 * TEST_MS * UINT64_C(1000000);
 
-    while (!answered(chan) && lb_now_ns() < until)
+    for (;;) {
+        short ready = wait_for(chan, until);
+
+        if (ready & ~POLLOUT || !ready)
+            return 0;
+        if (lb_now_ns() >= until)
+            return send_data(chan, NULL, 0, err);
         if (send_data(chan, data, PIECE_BYTES, err))
             return -1;
-    return answered(chan) ? 0 : send_data(chan, NULL, 0, err);
+    }
 }
 
 static int test(struct lb_chan *chan, uint64_t *bytes_per_s, struct lb_error *err)

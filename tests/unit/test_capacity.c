@@ -131,11 +131,24 @@ static void two_hosts(void **state)
     assert_true(inv.setup_s == 0.5);
 }
 
-static void bandwidth_limits_links(void **state)
+/* The own link: what it carried to all at once; as configured; no more than is allowed. */
+static void links(void **state)
 {
     (void)state;
-    m.bandwidth_bytes_per_s = 5000000;
     add_peer("b", KEY_B, fragment("{\"key\":\"" KEY_B "\"," HOST("8589934592") ",\"vms\":[],\"kept\":[]}"));
+    m.own_link_bytes_per_s = 180000000;
+    merge();
+    assert_int_equal(inv.hosts[0].link_bytes_per_s, 180000000);
+    lb_inventory_free(&inv);
+    m.own_link_bytes_per_s = 80000000; /* disturbed: it did carry more */
+    merge();
+    assert_int_equal(inv.hosts[0].link_bytes_per_s, 100000000);
+    lb_inventory_free(&inv);
+    json_object_set_new(json_object_get(m.fragment, "host"), "link_bytes_per_s", json_integer(7000000));
+    merge();
+    assert_int_equal(inv.hosts[0].link_bytes_per_s, 7000000);
+    lb_inventory_free(&inv);
+    m.bandwidth_bytes_per_s = 5000000;
     merge();
     assert_int_equal(inv.hosts[0].link_bytes_per_s, 5000000);
     assert_int_equal(inv.hosts[1].link_bytes_per_s, 5000000);
@@ -363,7 +376,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(two_hosts, setup, teardown),
-        cmocka_unit_test_setup_teardown(bandwidth_limits_links, setup, teardown),
+        cmocka_unit_test_setup_teardown(links, setup, teardown),
         cmocka_unit_test_setup_teardown(rules, setup, teardown),
         cmocka_unit_test_setup_teardown(refused_and_excluded, setup, teardown),
         cmocka_unit_test_setup_teardown(backups, setup, teardown),
