@@ -3,6 +3,7 @@
 also by way of a third one; nobody else may. A protected VM is migrated: its protection ends, it moves, it is protected again; whoever
 dies on the way, in the end it runs once and is protected."""
 
+import json
 import os
 import sys
 import time
@@ -15,6 +16,14 @@ from rig import CLIENT_IP, UDP_PORT, RigError, Tap, wait_for
 NAME = "vm"
 WORK = "dirty=10:32:mixed udp=%s:%d redis" % (CLIENT_IP, UDP_PORT)
 AUTH = 5  # exit status, see lifeboat(1)
+
+
+# Whoever waits at these points is killed: the daemon of that host, its sessions, or all of them. `make check` does the quick ones,
+# LB_FULL=1 all; arguments: only rows whose name contains one of them.
+POINTS = {"source": ["pr-ending", "pr-free", "pr-alone", "src-ready", "src-prepared", "src-handed-over", "src-committed", "src-running"],
+          "target": ["dst-launched", "dst-receive", "dst-loaded", "dst-prepared", "dst-commit", "dst-journalled", "dst-ran", "dst-acked"]}
+ROWS = [(point, side, victim) for side in POINTS for point in POINTS[side] for victim in ("daemon", "sessions", "all")]
+QUICK = [("pr-ending", "source", "daemon"), ("src-ready", "source", "sessions"), ("dst-journalled", "target", "sessions")]
 
 
 class Asks:
@@ -133,6 +142,67 @@ class Asks:
         self.protected("b", "c", "and it is protected by the next host")
         self.unnoticed(watched, ["a", "b"], "to its backup")
 
+    # -- hosts in maintenance
+
+    def last(self, done):
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def refuses(self):
+        """b runs it, c is the backup; a is in maintenance and will not be it: found out without ending the protection."""
+        cluster = self.cluster
+        cluster.da.cli("maintenance", "on")
+        before = cluster.protection("b")["epoch"]
+        refused = cluster.dc.cli("ask", "b", "protect", NAME, "--backup", "a", check=False)
+        self.t.ok(refused.returncode != 0 and "maintenance" in refused.stderr, "a host in maintenance is no new backup", refused.stderr)
+        refused = cluster.db.cli("migrate", NAME, "a", check=False)
+        self.t.ok(refused.returncode != 0 and "maintenance" in refused.stderr, "and takes no protected VM", refused.stderr)
+        status = self.protected("b", "c", "it is protected as before")
+        self.t.ok(status.get("epoch", 0) > before, "without a break", (before, status))
+
+    def swapped_in_maintenance(self):
+        """Only its own backup is left: b in maintenance too, c takes over and finds nobody, until a may again."""
+        cluster = self.cluster
+        cluster.db.cli("maintenance", "on")
+        watched = self.watched()
+        cluster.db.json("ask", "c", "failover", NAME)
+        wait_for(lambda: cluster.primary(NAME) == "c", 20, "the VM on c")
+        wait_for(lambda: "maintenance" in (cluster.protection("c") or {}).get("note", ""), 30, "why it is not protected", 0.1)
+        status = cluster.protection("c")
+        self.t.ok(status["state"] == "waiting" and status.get("unprotected_since_ms", 0) > 0, "no host would be its backup: status says why "
+                  "and since when", status)
+        cluster.da.cli("maintenance", "off")
+        self.protected("c", "a", "it has a backup as soon as a host may be it")
+        cluster.db.cli("maintenance", "off")
+        self.unnoticed(watched, ["b", "c"], "a swap in maintenance")
+
+    def evacuated(self):
+        """The host of a protected VM is emptied and filled again; then the host of its backup is emptied."""
+        cluster = self.cluster
+        watched, turns = self.watched(), [cluster.primary(NAME)]
+        for number in (1, 2):
+            source, status = cluster.wait_protected(NAME)
+            other = next(role for role in cluster.hosts if role not in (source, status["host"]))
+            target = status["host"] if number == 1 else other
+            limit = [] if number == 1 else ["--to", other]  # left to itself the plan is to swap
+            done = self.last(cluster.daemons[source].cli("evacuate", "--yes", "--json", *limit))
+            self.t.ok(done.get("ok") is True, "evacuate: the VM leaves for %s" % ("its backup" if number == 1 else "another host"), done)
+            role, status = cluster.wait_protected(NAME)
+            self.t.equal(role, target, "it runs there")
+            self.t.ok(status["host"] not in (source, role), "its backup is no host in maintenance", status)
+            done = self.last(cluster.daemons[source].cli("maintenance", "off", "--bring-back", "--json"))
+            self.t.ok(done.get("ok") is True, "maintenance off --bring-back", done)
+            self.t.equal(cluster.wait_protected(NAME)[0], source, "it is back, protected")
+            turns += [target, source]
+        source, status = cluster.wait_protected(NAME)
+        backup = status["host"]
+        done = self.last(cluster.daemons[backup].cli("evacuate", "--yes", "--json"))
+        self.t.ok(done.get("ok") is True, "evacuate of the host of its backup", done)
+        role, status = cluster.wait_protected(NAME)
+        self.t.ok(role == source and status["host"] not in (source, backup), "it has another backup", status)
+        self.t.ok(not cluster.daemons[backup].vms(), "nothing is left there", cluster.daemons[backup].vms())
+        cluster.daemons[backup].cli("maintenance", "off")
+        self.unnoticed(watched, turns, "evacuations")
+
     # -- somebody dies
 
     def settled(self, what):
@@ -152,16 +222,16 @@ class Asks:
         source, status = cluster.wait_protected(NAME)
         target = next(role for role in cluster.hosts if role not in (source, status["host"]))
         where = source if side == "source" else target
-        pause = os.path.join(cluster.dir, "paused-" + point)
-        cluster.daemons[where].restart({"LIFEBOAT_PAUSE_AT": point, "LIFEBOAT_PAUSE_FILE": pause})
+        pause = os.path.join(cluster.dir, "paused-%s-%s" % (point, victim))
+        forever = victim != "daemon"  # else it goes on by itself when the daemon is gone
+        cluster.daemons[where].restart({"LIFEBOAT_PAUSE_AT": point if forever else point + ":700", "LIFEBOAT_PAUSE_FILE": pause})
         wait_for(lambda: (cluster.protection(source) or {}).get("state") == "protected", 20, "protected after the restart", 0.1)
         command = Command(cluster.daemons[source], "migrate", NAME, target)
         wait_for(lambda: os.path.exists(pause) or command.done(), 30, "the point " + point, 0.01)
-        if victim == "daemon":
+        if victim != "sessions":
             cluster.daemons[where].kill()
-        for pid in cluster.daemons[where].session_pids():
-            if victim == "sessions" or point == "pr-ending":
-                os.kill(pid, 9)
+        for pid in cluster.daemons[where].session_pids() if victim != "daemon" else []:
+            os.kill(pid, 9)
         cluster.daemons[where].restart()
         command.wait()
         self.settled("%s: %s of the %s killed" % (point, victim, side))
@@ -173,15 +243,22 @@ def main():
         with Cluster("lbask") as cluster:
             cluster.run_vm("a", NAME, memory_mb=192, work=WORK)
             asks = Asks(t, cluster, cluster.wait_guest()["nonce"])
-            asks.strangers()
-            asks.swap()
-            asks.another_backup()
-            asks.migrate()
-            asks.bring_back()
-            asks.to_its_backup()
-            for point, side, victim in (("pr-ending", "source", "daemon"), ("src-ready", "source", "sessions"),
-                                        ("dst-journalled", "target", "sessions")):
-                asks.dies(point, side, victim)
+            wanted = sys.argv[1:]
+            if wanted:
+                cluster.protect(NAME, "a", ["b", "c"], "--disk", "none")
+            else:
+                asks.strangers()
+                asks.swap()
+                asks.another_backup()
+                asks.migrate()
+                asks.bring_back()
+                asks.to_its_backup()
+                asks.refuses()
+                asks.swapped_in_maintenance()
+                asks.evacuated()
+            for row in ROWS if wanted or os.environ.get("LB_FULL") else QUICK:
+                if not wanted or any(word in "/".join(row) for word in wanted):
+                    asks.dies(*row)
             role, _ = cluster.wait_protected(NAME)
             cluster.daemons[role].cli("unprotect", NAME)
             cluster.stop_vm(NAME)
