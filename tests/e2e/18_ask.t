@@ -225,9 +225,15 @@ class Asks:
         pause = os.path.join(cluster.dir, "paused-%s-%s" % (point, victim))
         forever = victim != "daemon"  # else it goes on by itself when the daemon is gone
         cluster.daemons[where].restart({"LIFEBOAT_PAUSE_AT": point if forever else point + ":700", "LIFEBOAT_PAUSE_FILE": pause})
-        wait_for(lambda: (cluster.protection(source) or {}).get("state") == "protected", 20, "protected after the restart", 0.1)
+        if point.startswith("pr-"):  # a session that was there before the restart waits nowhere
+            cluster.wait_protected(NAME)
+            cluster.daemons[source].cli("unprotect", NAME)
+            cluster.protect(NAME, source, [status["host"], target], "--disk", "none")
+        cluster.wait_protected(NAME)
         command = Command(cluster.daemons[source], "migrate", NAME, target)
         wait_for(lambda: os.path.exists(pause) or command.done(), 30, "the point " + point, 0.01)
+        if not os.path.exists(pause):
+            raise RigError("it ended before the point %s: %s" % (point, command.wait()))
         if victim != "sessions":
             cluster.daemons[where].kill()
         for pid in cluster.daemons[where].session_pids() if victim != "daemon" else []:
