@@ -197,7 +197,8 @@ static void print_active(const struct lb_evac_view *v, FILE *f, const json_t *it
     fprintf(m, "%s%*s  %s", label, (int)label_cols - (int)LB_MIN(columns_of(label), label_cols), "", working(item));
     if (is(item, "state", "sending")) {
         print_rate(m, item);
-        fprintf(m, "  %s sent", lb_human_bytes(bytes, sizeof(bytes), lb_jnum(item, "bytes")));
+        if (lb_jnum(item, "bytes") >= 1)
+            fprintf(m, "  %s sent", lb_human_bytes(bytes, sizeof(bytes), lb_jnum(item, "bytes")));
         print_eta(m, item);
     }
     fclose(m);
