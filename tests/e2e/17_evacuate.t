@@ -6,6 +6,7 @@ Guests are tests/guest/tiny.c and two of Linux; LB_FULL=1: a hundred. Arguments:
 """
 
 import os
+import random
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ FULL = os.environ.get("LB_FULL") == "1"
 TINIES = 90 if FULL else 10
 LINUXES = 10 if FULL else 2
 FAULTY = 6           # VMs on the host of a part in which something goes wrong
+STORM_SEEDS = range(20) if FULL else [7]
 RATES = ("", "rate=500K", "rate=1M hz=20", "rate=2M hz=20")
 LINK_MBIT = 400
 STILL_MS = 3000      # at most, on a machine that is busy with tests
@@ -261,8 +263,39 @@ def part_nowhere_to_go(scene):
     scene.finished("somebody does")
 
 
+def part_storm(scene):
+    """Everything at once, at random moments, until A is empty: daemons and sessions of all hosts die, links go down for a while."""
+    t, port = scene.t, scene.port
+    for seed in STORM_SEEDS:
+        chance, struck = random.Random(seed), []
+        scene.fill()
+        port.shape(SLOW_MBIT)
+        end = time.monotonic() + 120
+        run = scene.evacuate()
+        while scene.left_on_a() and time.monotonic() < end:
+            time.sleep(chance.uniform(0.2, 1.5))
+            daemon = chance.choice(list(port.daemons.values()))
+            kind = chance.choice(("daemon", "session", "session", "link"))
+            struck.append("%s of %s" % (kind, daemon.host.role))
+            if kind == "daemon":
+                daemon.restart()
+            elif kind == "session":
+                for pid in daemon.session_pids()[:1]:
+                    os.kill(pid, signal.SIGKILL)
+            elif daemon is not port.da:
+                daemon.host.partition()
+                time.sleep(chance.uniform(0.2, 1.5))
+                daemon.host.partition(False)
+            if run.done():
+                run = scene.evacuate()
+        run.wait(240)
+        t.diag("seed %d: %s" % (seed, ", ".join(struck)))
+        scene.finished("a storm (seed %d)" % seed)
+        scene.empty()
+
+
 PARTS = [part_there_and_back, part_daemon_dies, part_session_dies, part_destination_dies, part_link_down, part_destination_full,
-         part_hot, part_cancelled, part_nowhere_to_go]
+         part_hot, part_cancelled, part_nowhere_to_go, part_storm]
 
 
 def main():
