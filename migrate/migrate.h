@@ -70,6 +70,8 @@ struct lb_progress {
     int converges;              /* 1 yes, 0 no, -1 not known yet */
     unsigned throttle_percent;
     int zstd_level;
+    char transport[32];         /* "tcp" | "rdma" | "rdma zero-copy" | "rdma+tcp": some connections broke; "": none yet */
+    uint64_t registered_bytes;  /* for RDMA, now */
     char note[200];             /* last ladder step and its reason */
 };
 
@@ -83,6 +85,12 @@ struct lb_migrate_result {
     double downtime_ms;         /* stop on the source to Running from the destination */
     double load_ms, final_dirty_pages;
     char digest[33];            /* hex when verified */
+    char transport[32];         /* as of lb_progress */
+    unsigned replaced_connections; /* RDMA ones that broke and went on over TCP */
+    uint64_t copied_bytes;      /* lb_bulk_stats */
+    uint64_t registered_max_bytes;
+    uint64_t direct_pages;      /* written straight into the receiver's memory */
+    uint64_t damaged_pages;     /* of them, that were other than their checksums without having been written, and sent again */
     struct lb_error error;      /* when !ok */
     char final_state[32];       /* source: "running" | "handed-over" | "moved" */
 };

@@ -37,6 +37,16 @@ uint64_t lb_out_ms_since(uint64_t t)
 
 /* ----------------------------------------------------------------- progress */
 
+static void transport_name(const struct out *o, const struct lb_sender_stats *st, char *out,
+                           size_t len)
+{
+    snprintf(out, len, "%s",
+             st->replaced         ? "rdma+tcp"
+             : !st->rdma_conns    ? "tcp"
+             : o->tx.zero_copy    ? "rdma zero-copy"
+                                  : "rdma");
+}
+
 void lb_out_report(struct out *o, bool force)
 {
     uint64_t now = lb_now_ns();
@@ -53,6 +63,12 @@ void lb_out_report(struct out *o, bool force)
         lb_sender_get_stats(o->tx.sender, &st);
         p->sent_bytes = st.wire_bytes;
         p->zstd_level = st.zstd_level;
+        lb_rdma_registered(&p->registered_bytes, &(uint64_t){0});
+        transport_name(o, &st, p->transport, sizeof(p->transport));
+        if (st.replaced > o->replaced_seen) {
+            o->replaced_seen = st.replaced;
+            snprintf(p->note, sizeof(p->note), "an RDMA connection broke: goes on over TCP");
+        }
         p->remaining_pages = o->round_pages > st.done_pages ? o->round_pages - st.done_pages : 0;
         if (now - o->bytes_seen_ns >= 250000000u) {
             double rate = (double)(st.wire_bytes - o->bytes_seen) * 1e9 /
@@ -356,6 +372,10 @@ static void tear_down(struct out *o)
         o->res->zero_pages = st.zero_pages;
         o->res->raw_pages = st.raw_pages;
         o->res->zstd_pages = st.zstd_pages;
+        o->res->copied_bytes = st.copied_bytes;
+        o->res->replaced_connections = st.replaced;
+        transport_name(o, &st, o->res->transport, sizeof(o->res->transport));
+        lb_rdma_registered(&(uint64_t){0}, &o->res->registered_max_bytes);
     }
     lb_frames_free(o->frames);
     lb_tx_close(&o->tx);

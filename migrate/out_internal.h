@@ -51,6 +51,7 @@ struct out {
     struct lb_round_stats rounds[MAX_ROUNDS];
     unsigned n_rounds;
     uint64_t round_pages, wire_before;
+    unsigned replaced_seen;
     struct lb_progress prog;
 };
 

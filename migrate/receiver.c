@@ -6,24 +6,35 @@
  * so the connections meet at every ROUND_END: nobody starts round n+1 before
  * everybody has placed round n.
  *
+ * An RDMA connection may break in the middle of a round. Its worker then waits for another connection with
+ * its index (lb_receiver_replace), which sends everything of the round again - or of the last complete one,
+ * when the source did not hear that it was: that does no harm, since nobody sends the next one before.
+ *
  * Nothing that arrives is believed: limits are checked by lb_bulk against the
  * block table, rounds must follow each other, state has a hard maximum. A
  * failure in one worker aborts all; the receiver is thrown away.
  */
 #include "migrate/receiver.h"
 
-#include <assert.h>
+#include "netproto/rdma.h"
+
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
 
 #define STATE_MAX_BYTES (256u << 20)
 
+#define REPLACE_WITHIN_NS UINT64_C(30000000000)
+
 struct rworker {
     struct lb_receiver *r;
-    struct lb_bulk *bulk;
+    struct lb_bulk *bulk;        /* changed by the worker under mu */
+    struct lb_bulk *next;        /* to go on with; locked by mu */
+    bool done;                   /* has END; locked by mu */
     pthread_t thread;
     bool started;
+    bool resumed;                /* worker only: no round has ended on this connection yet */
     uint8_t *bounce;
 };
 
@@ -179,31 +190,53 @@ static int take_state(struct rworker *w, const struct lb_record *rec, struct lb_
     return 0;
 }
 
+/* Is it a record of the round that is due, or again of the last one? */
+static int check_round(struct rworker *w, uint32_t round, struct lb_error *err)
+{
+    int64_t last;
+
+    pthread_mutex_lock(&w->r->mu);
+    last = w->r->round;
+    pthread_mutex_unlock(&w->r->mu);
+    if ((int64_t)round == last + 1 || (w->resumed && (int64_t)round == last))
+        return 0;
+    return lb_fail(err, LB_E_PROTO, "pages of round %u while round %lld is due", round,
+                   (long long)last + 1);
+}
+
+static int end_round(struct rworker *w, uint32_t round, struct lb_error *err)
+{
+    int64_t last;
+
+    pthread_mutex_lock(&w->r->mu);
+    last = w->r->round;
+    pthread_mutex_unlock(&w->r->mu);
+    if (w->resumed && (int64_t)round == last) {
+        w->resumed = false;
+        return 0;
+    }
+    w->resumed = false;
+    return meet(w->r, round, err);
+}
+
 static int serve(struct rworker *w, struct lb_error *err)
 {
     struct lb_receiver *r = w->r;
 
     for (;;) {
         struct lb_record rec;
-        int64_t round;
 
         if (lb_bulk_recv(w->bulk, &rec, 0, err))
             return -1;
         switch (rec.type) {
         case LB_REC_PAGES:
         case LB_REC_ZERO:
-            pthread_mutex_lock(&r->mu);
-            round = r->round;
-            pthread_mutex_unlock(&r->mu);
-            if ((int64_t)rec.round != round + 1)
-                return lb_fail(err, LB_E_PROTO, "pages of round %u while round %lld is due",
-                               rec.round, (long long)round + 1);
-            if (place(w, &rec, err))
+            if (check_round(w, rec.round, err) || place(w, &rec, err))
                 return -1;
             atomic_fetch_add(&r->pages, rec.n_pages);
             break;
         case LB_REC_ROUND_END:
-            if (meet(r, rec.round, err))
+            if (end_round(w, rec.round, err))
                 return -1;
             break;
         case LB_REC_STATE:
@@ -218,17 +251,69 @@ static int serve(struct rworker *w, struct lb_error *err)
     }
 }
 
+/* After `why`: wait for another connection. 0: go on with it. */
+static int resume(struct rworker *w, const struct lb_error *why)
+{
+    struct lb_receiver *r = w->r;
+    uint64_t until_ns = lb_now_ns() + REPLACE_WITHIN_NS;
+    struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
+    struct lb_bulk *old = w->bulk;
+    int rc = 0;
+
+    if (!lb_rdma_is(lb_bulk_transport(old)) ||
+        (why->code != LB_E_NET && why->code != LB_E_CANCELLED))
+        return -1;
+    pthread_mutex_lock(&r->mu);
+    while (!w->next && !r->stop && !r->failed && rc != ETIMEDOUT)
+        rc = pthread_cond_timedwait(&r->cond, &r->mu, &until);
+    rc = w->next && !r->stop && !r->failed ? 0 : -1;
+    if (rc == 0)
+        w->bulk = LB_STEAL_PTR(w->next);
+    pthread_mutex_unlock(&r->mu);
+    if (rc)
+        return -1;
+    lb_bulk_close(old); /* nothing comes through it any more, before anything comes through the other one */
+    lb_log(LB_LOG_WARN, "a connection goes on over TCP: %s", why->message);
+    w->resumed = true;
+    if (w == &r->workers[0])
+        r->state_len = 0; /* comes again, from its beginning */
+    return 0;
+}
+
+int lb_receiver_replace(struct lb_receiver *r, unsigned index, struct lb_bulk *fresh,
+                        struct lb_error *err)
+{
+    struct rworker *w = index < r->n_workers ? &r->workers[index] : NULL;
+
+    pthread_mutex_lock(&r->mu);
+    bool take = w && !w->done && !w->next && lb_rdma_is(lb_bulk_transport(w->bulk));
+    if (take) {
+        w->next = fresh;
+        lb_bulk_abort(w->bulk); /* its worker may not have noticed */
+        pthread_cond_broadcast(&r->cond);
+    }
+    pthread_mutex_unlock(&r->mu);
+    if (take)
+        return 0;
+    lb_bulk_close(fresh);
+    return lb_fail(err, LB_E_PROTO, "a bulk connection %u that replaces nothing", index);
+}
+
 static void *rworker_main(void *p)
 {
     struct rworker *w = p;
     struct lb_receiver *r = w->r;
     struct lb_error err = LB_ERROR_INIT;
 
-    if (serve(w, &err)) {
-        fail(r, &err);
-        return NULL;
+    while (serve(w, &err)) {
+        if (resume(w, &err)) {
+            fail(r, &err);
+            return NULL;
+        }
+        memset(&err, 0, sizeof(err));
     }
     pthread_mutex_lock(&r->mu);
+    w->done = true;
     r->ended++;
     pthread_mutex_unlock(&r->mu);
     r->on_event(r->arg);
@@ -240,6 +325,7 @@ int lb_receiver_new(struct lb_hv_vm *vm, const struct lb_ram_block *const *map, 
                     void *arg, struct lb_receiver **out, struct lb_error *err)
 {
     struct lb_receiver *r = lb_alloc(sizeof(*r));
+    pthread_condattr_t ca;
 
     r->vm = vm;
     r->map = map;
@@ -249,7 +335,10 @@ int lb_receiver_new(struct lb_hv_vm *vm, const struct lb_ram_block *const *map, 
     r->arg = arg;
     r->round = -1;
     pthread_mutex_init(&r->mu, NULL);
-    pthread_cond_init(&r->cond, NULL);
+    pthread_condattr_init(&ca);
+    pthread_condattr_setclock(&ca, CLOCK_MONOTONIC);
+    pthread_cond_init(&r->cond, &ca);
+    pthread_condattr_destroy(&ca);
     r->workers = lb_alloc(sizeof(*r->workers) * n_conns);
     for (unsigned i = 0; i < n_conns; i++) {
         r->workers[i].r = r;
@@ -305,10 +394,10 @@ void lb_receiver_abort(struct lb_receiver *r)
     pthread_mutex_lock(&r->mu);
     r->stop = true;
     pthread_cond_broadcast(&r->cond);
-    pthread_mutex_unlock(&r->mu);
     for (unsigned i = 0; i < r->n_workers; i++)
         if (r->workers[i].bulk)
             lb_bulk_abort(r->workers[i].bulk);
+    pthread_mutex_unlock(&r->mu);
 }
 
 void lb_receiver_free(struct lb_receiver *r)
@@ -320,6 +409,7 @@ void lb_receiver_free(struct lb_receiver *r)
         if (r->workers[i].started)
             pthread_join(r->workers[i].thread, NULL);
         lb_bulk_close(r->workers[i].bulk);
+        lb_bulk_close(r->workers[i].next);
         free(r->workers[i].bounce);
     }
     free(r->workers);

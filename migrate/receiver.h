@@ -21,6 +21,10 @@ int lb_receiver_new(struct lb_hv_vm *vm, const struct lb_ram_block *const *map, 
 int lb_receiver_poll(struct lb_receiver *r, int64_t *round, bool *ended, struct lb_error *err);
 /* After `ended`: the device state, owned by r. */
 void lb_receiver_state(struct lb_receiver *r, const void **buf, size_t *len);
+/* Instead of the RDMA connection with that index, which broke or is to be given up: the worker goes on with
+ * this one, which sends the round again. Takes it over; -1 when there is nothing to replace. Any thread. */
+int lb_receiver_replace(struct lb_receiver *r, unsigned index, struct lb_bulk *fresh,
+                        struct lb_error *err);
 uint64_t lb_receiver_pages(struct lb_receiver *r);
 void lb_receiver_abort(struct lb_receiver *r); /* any thread: every connection fails at once */
 void lb_receiver_free(struct lb_receiver *r);  /* joins, closes; NULL is fine */

@@ -41,6 +41,13 @@ char *lb_migrate_result_json(const struct lb_vm_entry *vm, const char *peer, con
         json_object_set_new(o, "zero_pages", json_integer((json_int_t)res->zero_pages));
         json_object_set_new(o, "raw_pages", json_integer((json_int_t)res->raw_pages));
         json_object_set_new(o, "zstd_pages", json_integer((json_int_t)res->zstd_pages));
+        json_object_set_new(o, "transport", json_string(res->transport));
+        json_object_set_new(o, "replaced_connections", json_integer(res->replaced_connections));
+        json_object_set_new(o, "copied_bytes", json_integer((json_int_t)res->copied_bytes));
+        json_object_set_new(o, "registered_max_bytes",
+                            json_integer((json_int_t)res->registered_max_bytes));
+        json_object_set_new(o, "direct_pages", json_integer((json_int_t)res->direct_pages));
+        json_object_set_new(o, "damaged_pages", json_integer((json_int_t)res->damaged_pages));
     }
     json_object_set_new(o, "rounds", json_integer(res->rounds));
     if (res->digest[0])
@@ -79,6 +86,8 @@ char *lb_progress_json(const struct lb_progress *p)
                         p->converges < 0 ? json_null() : json_boolean(p->converges));
     json_object_set_new(o, "throttle_percent", json_integer(p->throttle_percent));
     json_object_set_new(o, "zstd_level", json_integer(p->zstd_level));
+    json_object_set_new(o, "transport", json_string(p->transport));
+    json_object_set_new(o, "registered_bytes", json_integer((json_int_t)p->registered_bytes));
     json_object_set_new(o, "note", json_string(p->note));
     return dump(o);
 }

@@ -17,6 +17,8 @@
 #define SILENT_TIMEOUT_NS UINT64_C(300000000000) /* bulk: the source was stopped, or forgot us */
 #define LOCK_PATIENCE_NS UINT64_C(2000000000)
 #define TICK_NS UINT64_C(200000000)
+#define REPLACE_TICK_NS UINT64_C(20000000)
+#define GREETING_MS 10000u
 #define MAX_BLOCKS 512u
 #define MAX_CHANNELS 64u
 
@@ -428,13 +430,40 @@ static struct lb_transport *next_conn(struct lb_rx *r, struct lb_error *err)
     }
 }
 
-int lb_rx_accept(struct lb_rx *r, unsigned n, struct lb_error *err)
+/* Takes over t. Greeting and limits; *index as the source says. */
+static int open_conn(struct lb_rx *r, struct lb_transport *t, uint32_t *index, struct lb_bulk **out,
+                     struct lb_error *err)
 {
     struct lb_bulk_keys k = {.cipher = (enum lb_cipher)r->req->cipher};
-    int rc = 0;
+    int rc;
 
     memcpy(k.secret, r->req->bulk_secret.data, sizeof(k.secret));
     memcpy(k.session_id, r->req->session_id.data, sizeof(k.session_id));
+    rc = lb_bulk_accept(t, &k, GREETING_MS, index, out, err);
+    memset(&k, 0, sizeof(k));
+    if (!rc && lb_bulk_set_blocks(*out, r->map_pages, r->n_map, err)) {
+        lb_bulk_close(*out);
+        rc = -1;
+    }
+    return rc;
+}
+
+/* A connection in place of an RDMA one that broke. Its failure is its own: the source tries again or ends. */
+static void take_replacement(struct lb_rx *r)
+{
+    struct lb_transport *t = any_conn(r, 0);
+    struct lb_error e = LB_ERROR_INIT;
+    struct lb_bulk *b;
+    uint32_t index;
+
+    if (t && (open_conn(r, t, &index, &b, &e) || lb_receiver_replace(r->recv, index, b, &e)))
+        lb_log_error(LB_LOG_WARN, &e);
+}
+
+int lb_rx_accept(struct lb_rx *r, unsigned n, struct lb_error *err)
+{
+    int rc = 0;
+
     r->conns = lb_alloc(sizeof(*r->conns) * n);
     r->n_conns = n;
     for (unsigned i = 0; i < n && !rc; i++) {
@@ -446,17 +475,17 @@ int lb_rx_accept(struct lb_rx *r, unsigned n, struct lb_error *err)
             rc = -1;
             break;
         }
-        rc = lb_bulk_accept(t, &k, 10000, &index, &b, err);
+        rc = open_conn(r, t, &index, &b, err);
         if (!rc && (index >= n || r->conns[index])) {
             lb_bulk_close(b);
             rc = lb_fail(err, LB_E_PROTO, "bulk connection %u of %u came twice or is too many",
                          index, n);
         } else if (!rc) {
             r->conns[index] = b;
-            rc = lb_bulk_set_blocks(b, r->map_pages, r->n_map, err);
+            r->replaceable |= lb_rdma_is(lb_bulk_transport(b));
         }
     }
-    memset(&k, 0, sizeof(k));
+    lb_rdma_listener_close(LB_STEAL_PTR(r->rdma)); /* what replaces a connection is TCP */
     return rc;
 }
 
@@ -554,7 +583,9 @@ int lb_rx_receive(struct lb_rx *r, int (*tick)(void *arg, struct lb_error *err),
         }
         if (round > r->confirmed && confirm(r, round, err))
             return -1;
-        lb_rx_wait(r, seen, lb_now_ns() + TICK_NS);
+        if (r->replaceable)
+            take_replacement(r);
+        lb_rx_wait(r, seen, lb_now_ns() + (r->replaceable ? REPLACE_TICK_NS : TICK_NS));
         if (!lb_hv_exists(r->env->hv, &id)) {
             lb_fail(err, LB_E_HV, "the receiving process of VM %s died", r->entry.name);
             return lb_remedy(err, "see vms/%s/qemu.log in the state directory of this host",

@@ -32,7 +32,8 @@ struct lb_rx {
     int vm_lock;
     bool have_cfg, registered, journalled;
     struct lb_transport_choice transport;
-    struct lb_rdma_listener *rdma;    /* NULL: TCP only */
+    struct lb_rdma_listener *rdma;    /* while connections are awaited; NULL: TCP only */
+    bool replaceable;                 /* a connection is RDMA */
     struct lb_ctl_queue *ctl;
     struct lb_hv_vm *vm;
     const struct lb_ram_block *blocks;

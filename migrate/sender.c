@@ -14,6 +14,9 @@
  * Compression, when it is left to us, follows a model (tuner.h) fed with what the workers
  * see: waiting for the link, processor time per page, and samples of what zstd would give.
  *
+ * An RDMA connection that breaks is replaced by a TCP one, in the middle of a round: the worker remembers
+ * the chunks that it took in this round and sends them again. Rounds before were acknowledged.
+ *
  * Threads: the engine thread calls everything but lb_sender_abort. Workers own
  * their connection while a round runs; between rounds the engine does.
  */
@@ -35,11 +38,15 @@
 
 struct worker {
     struct lb_sender *s;
-    struct lb_bulk *bulk;
+    struct lb_bulk *bulk;        /* replaced by the worker (or, between rounds, the engine) under mu */
     pthread_t thread;
     bool started;
     unsigned index;
+    struct lb_bulk_stats before; /* of connections that were replaced; locked by mu */
     /* worker only */
+    uint64_t *taken;             /* chunks of this round, if the connection can be replaced */
+    size_t n_taken, max_taken;
+    uint64_t done, skipped;      /* pages of this round, as counted in the sender's */
     uint8_t *bounce;             /* LB_REC_MAX_PAGES pages, for blocks without a view */
     struct lb_bitmap peeked;     /* CHUNK_PAGES bits */
     uint32_t block;              /* of the records being filled */
@@ -60,8 +67,11 @@ struct lb_sender {
     uint64_t bandwidth;
     int fixed_level;             /* < 0: tuner */
     struct worker *workers;
+    int (*reconnect)(unsigned index, struct lb_bulk **out, struct lb_error *err, void *arg);
+    void *reconnect_arg;
 
     /* locked by mu */
+    unsigned replaced;
     pthread_mutex_t mu;
     pthread_cond_t cond;
     uint64_t generation;         /* of the round; workers run one per generation */
@@ -298,7 +308,36 @@ static int send_chunk(struct worker *w, unsigned b, uint64_t first, uint64_t cou
             return -1;
     atomic_fetch_add(&s->done_pages, todo);
     atomic_fetch_add(&s->skipped_pages, skipped);
+    w->done += todo;
+    w->skipped += skipped;
     return 0;
+}
+
+static int send_numbered(struct worker *w, uint64_t chunk, struct lb_error *err)
+{
+    struct lb_sender *s = w->s;
+    unsigned b = 0;
+
+    while (s->block_chunk0[b + 1] <= chunk)
+        b++;
+    uint64_t first = (chunk - s->block_chunk0[b]) * CHUNK_PAGES;
+    return send_chunk(w, b, first, LB_MIN((uint64_t)CHUNK_PAGES, s->dirty[b].n_bits - first), err);
+}
+
+/* The next chunk is this worker's; false: there is none. */
+static bool take_chunk(struct worker *w, uint64_t *chunk)
+{
+    *chunk = atomic_fetch_add(&w->s->cursor, 1);
+    if (*chunk >= w->s->n_chunks)
+        return false;
+    if (!lb_rdma_is(lb_bulk_transport(w->bulk)))
+        return true;
+    if (w->n_taken == w->max_taken) {
+        w->max_taken = LB_MAX(w->max_taken * 2, (size_t)64);
+        w->taken = lb_realloc(w->taken, w->max_taken * sizeof(*w->taken));
+    }
+    w->taken[w->n_taken++] = *chunk;
+    return true;
 }
 
 /* Over RDMA only who looks finds out that a connection is broken. */
@@ -307,28 +346,83 @@ static int arrived(struct worker *w, struct lb_error *err)
     return lb_bulk_flush(w->bulk, err) || lb_rdma_drain(lb_bulk_transport(w->bulk), 0, err) ? -1 : 0;
 }
 
-static int run_round(struct worker *w, struct lb_error *err)
+/* What the worker has taken already (another connection carried it), then what is left of all. */
+static int send_share(struct worker *w, struct lb_error *err)
 {
-    struct lb_sender *s = w->s;
+    size_t again = w->n_taken;
+    uint64_t chunk;
 
-    for (;;) {
-        uint64_t chunk = atomic_fetch_add(&s->cursor, 1), first;
-        unsigned b = 0;
-
-        if (chunk >= s->n_chunks)
-            break;
-        while (s->block_chunk0[b + 1] <= chunk)
-            b++;
-        first = (chunk - s->block_chunk0[b]) * CHUNK_PAGES;
-        if (send_chunk(w, b, first,
-                       LB_MIN((uint64_t)CHUNK_PAGES, s->dirty[b].n_bits - first), err))
+    for (size_t i = 0; i < again; i++)
+        if (send_numbered(w, w->taken[i], err))
             return -1;
-    }
+    while (take_chunk(w, &chunk))
+        if (send_numbered(w, chunk, err))
+            return -1;
     if (flush_data(w, err) || flush_zero(w, err))
         return -1;
-    if (lb_bulk_send_mark(w->bulk, LB_REC_ROUND_END, s->round, NULL, 0, err))
+    if (lb_bulk_send_mark(w->bulk, LB_REC_ROUND_END, w->s->round, NULL, 0, err))
         return -1;
     return arrived(w, err);
+}
+
+static void add_stats(struct lb_bulk_stats *sum, const struct lb_bulk_stats *b)
+{
+    sum->wire_bytes += b->wire_bytes;
+    sum->zero_pages += b->zero_pages;
+    sum->raw_pages += b->raw_pages;
+    sum->zstd_pages += b->zstd_pages;
+    sum->zstd_in_bytes += b->zstd_in_bytes;
+    sum->zstd_out_bytes += b->zstd_out_bytes;
+    sum->blocked_ns += b->blocked_ns;
+    sum->copied_bytes += b->copied_bytes;
+}
+
+/* Nothing of this round counts as sent by this worker any more. */
+static void forget_share(struct worker *w)
+{
+    atomic_fetch_sub(&w->s->done_pages, w->done);
+    atomic_fetch_sub(&w->s->skipped_pages, w->skipped);
+    w->done = w->skipped = 0;
+    w->n_runs = w->n_pages = w->n_zruns = w->n_zpages = 0;
+    w->block = UINT32_MAX;
+}
+
+/* After `why`: a TCP connection instead of the RDMA one. 0: go on; -1 and *why is why not. */
+static int replace(struct worker *w, struct lb_error *why)
+{
+    struct lb_sender *s = w->s;
+    struct lb_bulk *old = w->bulk, *fresh;
+    struct lb_bulk_stats b;
+
+    if (!s->reconnect || !lb_rdma_is(lb_bulk_transport(old)) || why->code != LB_E_NET ||
+        atomic_load(&s->aborted))
+        return -1;
+    lb_log(LB_LOG_WARN, "connection %u goes on over TCP: %s", w->index, why->message);
+    lb_bulk_abort(old);
+    memset(why, 0, sizeof(*why));
+    if (s->reconnect(w->index, &fresh, why, s->reconnect_arg))
+        return -1;
+    lb_bulk_get_stats(old, &b);
+    pthread_mutex_lock(&s->mu);
+    add_stats(&w->before, &b);
+    w->bulk = fresh;
+    s->replaced++;
+    pthread_mutex_unlock(&s->mu);
+    if (atomic_load(&s->aborted)) /* it may not have been there to be aborted */
+        lb_bulk_abort(fresh);
+    lb_bulk_close(old);
+    forget_share(w);
+    return 0;
+}
+
+static int run_round(struct worker *w, struct lb_error *err)
+{
+    w->n_taken = 0;
+    w->done = w->skipped = 0;
+    while (send_share(w, err))
+        if (replace(w, err))
+            return -1;
+    return 0;
 }
 
 static void *worker_main(void *p)
@@ -417,19 +511,41 @@ int lb_sender_new(struct lb_hv_vm *vm, const struct lb_ram_block *blocks,
     return 0;
 }
 
+/* Of all connections that there are and were. *rdma, when not NULL: how many of them are RDMA now. */
+static struct lb_bulk_stats bulk_stats(struct lb_sender *s, unsigned *rdma)
+{
+    struct lb_bulk_stats sum = {0}, b;
+
+    pthread_mutex_lock(&s->mu);
+    for (unsigned i = 0; i < s->n_workers; i++) {
+        lb_bulk_get_stats(s->workers[i].bulk, &b);
+        add_stats(&sum, &b);
+        add_stats(&sum, &s->workers[i].before);
+        if (rdma)
+            *rdma += lb_rdma_is(lb_bulk_transport(s->workers[i].bulk));
+    }
+    pthread_mutex_unlock(&s->mu);
+    return sum;
+}
+
 static struct totals totals(struct lb_sender *s)
 {
     struct totals t = {.ns = lb_now_ns(), .blocked_ns = atomic_load(&s->limited_ns),
                        .pages = atomic_load(&s->moved_pages)};
 
-    for (unsigned i = 0; i < s->n_workers; i++) {
-        struct lb_bulk_stats b;
-
-        lb_bulk_get_stats(s->workers[i].bulk, &b);
-        t.blocked_ns += b.blocked_ns;
-        t.wire_bytes += b.wire_bytes;
-    }
+    struct lb_bulk_stats b = bulk_stats(s, NULL);
+    t.blocked_ns += b.blocked_ns;
+    t.wire_bytes += b.wire_bytes;
     return t;
+}
+
+void lb_sender_set_reconnect(struct lb_sender *s,
+                             int (*reconnect)(unsigned index, struct lb_bulk **out,
+                                              struct lb_error *err, void *arg),
+                             void *arg)
+{
+    s->reconnect = reconnect;
+    s->reconnect_arg = arg;
 }
 
 void lb_sender_round_begin(struct lb_sender *s, uint32_t round, bool peek)
@@ -499,17 +615,18 @@ int lb_sender_round_wait(struct lb_sender *s, unsigned timeout_ms, struct lb_err
 void lb_sender_get_stats(struct lb_sender *s, struct lb_sender_stats *out)
 {
     memset(out, 0, sizeof(*out));
-    for (unsigned i = 0; i < s->n_workers; i++) {
-        struct lb_bulk_stats b;
-
-        lb_bulk_get_stats(s->workers[i].bulk, &b);
-        out->wire_bytes += b.wire_bytes;
-        out->zero_pages += b.zero_pages;
-        out->raw_pages += b.raw_pages;
-        out->zstd_pages += b.zstd_pages;
-        out->zstd_in_bytes += b.zstd_in_bytes;
-        out->zstd_out_bytes += b.zstd_out_bytes;
-    }
+    struct lb_bulk_stats b = bulk_stats(s, &out->rdma_conns);
+    out->wire_bytes = b.wire_bytes;
+    out->zero_pages = b.zero_pages;
+    out->raw_pages = b.raw_pages;
+    out->zstd_pages = b.zstd_pages;
+    out->zstd_in_bytes = b.zstd_in_bytes;
+    out->zstd_out_bytes = b.zstd_out_bytes;
+    out->copied_bytes = b.copied_bytes;
+    out->n_conns = s->n_workers;
+    pthread_mutex_lock(&s->mu);
+    out->replaced = s->replaced;
+    pthread_mutex_unlock(&s->mu);
     out->done_pages = atomic_load(&s->done_pages);
     out->skipped_pages = atomic_load(&s->skipped_pages);
     out->zstd_level = s->fixed_level >= 0 ? s->fixed_level
@@ -532,31 +649,44 @@ bool lb_sender_compressible(struct lb_sender *s)
     return yes;
 }
 
+static int send_end(struct worker *w, uint32_t round, const char *state, size_t len,
+                    struct lb_error *err)
+{
+    for (size_t at = 0; at < len;) {
+        size_t n = LB_MIN(len - at, (size_t)LB_REC_MAX_PAYLOAD);
+
+        if (lb_bulk_send_mark(w->bulk, LB_REC_STATE, round, state + at, n, err))
+            return -1;
+        at += n;
+    }
+    return lb_bulk_send_mark(w->bulk, LB_REC_END, round, NULL, 0, err) || arrived(w, err) ? -1 : 0;
+}
+
 int lb_sender_state(struct lb_sender *s, uint32_t round, const void *buf, size_t len,
                     struct lb_error *err)
 {
     assert(s->busy == 0);
-    for (size_t at = 0; at < len;) {
-        size_t n = LB_MIN(len - at, (size_t)LB_REC_MAX_PAYLOAD);
+    for (unsigned i = 0; i < s->n_workers; i++) {
+        struct lb_error e = LB_ERROR_INIT;
 
-        if (lb_bulk_send_mark(s->workers[0].bulk, LB_REC_STATE, round, (const char *)buf + at, n,
-                              err))
-            return -1;
-        at += n;
+        while (send_end(&s->workers[i], round, buf, i == 0 ? len : 0, &e))
+            if (replace(&s->workers[i], &e)) {
+                if (err)
+                    *err = e;
+                return -1;
+            }
     }
-    for (unsigned i = 0; i < s->n_workers; i++)
-        if (lb_bulk_send_mark(s->workers[i].bulk, LB_REC_END, round, NULL, 0, err) ||
-            arrived(&s->workers[i], err))
-            return -1;
     return 0;
 }
 
 void lb_sender_abort(struct lb_sender *s)
 {
     atomic_store(&s->aborted, true);
+    pthread_mutex_lock(&s->mu);
     for (unsigned i = 0; i < s->n_workers; i++)
         if (s->workers[i].bulk)
             lb_bulk_abort(s->workers[i].bulk);
+    pthread_mutex_unlock(&s->mu);
 }
 
 void lb_sender_free(struct lb_sender *s)
@@ -573,6 +703,7 @@ void lb_sender_free(struct lb_sender *s)
             pthread_join(s->workers[i].thread, NULL);
         lb_bulk_close(s->workers[i].bulk);
         free(s->workers[i].bounce);
+        free(s->workers[i].taken);
         lb_bitmap_free(&s->workers[i].peeked);
     }
     pthread_cond_destroy(&s->cond);

@@ -17,6 +17,10 @@ struct lb_sender_stats {
     uint64_t done_pages;     /* this round: sent, skipped or zero */
     uint64_t skipped_pages;  /* this round */
     int zstd_level;
+    unsigned rdma_conns;     /* of n_conns */
+    unsigned n_conns;
+    unsigned replaced;       /* RDMA connections that broke, and go on over TCP */
+    uint64_t copied_bytes;   /* lb_bulk_stats */
 };
 /* Takes over the connections. dirty[i] belongs to blocks[i] and is read only between
  * round_begin and round_wait. */
@@ -24,6 +28,13 @@ int lb_sender_new(struct lb_hv_vm *vm, const struct lb_ram_block *blocks,
                   struct lb_bitmap *dirty, unsigned n_blocks, struct lb_bulk **conns,
                   unsigned n_conns, const struct lb_migrate_opts *opts, struct lb_sender **out,
                   struct lb_error *err);
+/* Before the first round. reconnect: another connection with that index, over TCP, when an RDMA connection
+ * broke: what it had sent since the last round's end is sent again. Worker threads. Without, or when that
+ * fails too, the sender fails. */
+void lb_sender_set_reconnect(struct lb_sender *s,
+                             int (*reconnect)(unsigned index, struct lb_bulk **out,
+                                              struct lb_error *err, void *arg),
+                             void *arg);
 /* Start sending every set bit. `peek`: leave out pages that are dirty again. */
 void lb_sender_round_begin(struct lb_sender *s, uint32_t round, bool peek);
 /* Wait at most timeout_ms: 1 = still working, 0 = all sent and flushed, -1 = failed. */

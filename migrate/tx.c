@@ -454,6 +454,12 @@ static int connect_one(struct lb_tx *t, unsigned index, struct lb_bulk **out, st
     return connect_tcp(t, index, out, err);
 }
 
+/* Of the sender, any of its threads: what is read here does not change any more. */
+static int reconnect(unsigned index, struct lb_bulk **out, struct lb_error *err, void *arg)
+{
+    return connect_tcp(arg, index, out, err);
+}
+
 int lb_tx_connect(struct lb_tx *t, struct lb_bulk **extra, struct lb_error *err)
 {
     struct lb_bulk **conns = lb_alloc(sizeof(struct lb_bulk *) * t->n_threads);
@@ -471,6 +477,7 @@ int lb_tx_connect(struct lb_tx *t, struct lb_bulk **extra, struct lb_error *err)
     free(conns);
     if (rc)
         return lb_tx_explain(t, err);
+    lb_sender_set_reconnect(t->sender, reconnect, t);
     pthread_mutex_lock(&t->mu);
     t->abort_sender = t->sender;
     pthread_mutex_unlock(&t->mu);

@@ -19,6 +19,9 @@
  *
  * Built without the libraries everything here answers LB_E_UNSUPPORTED, or "no addresses".
  *
+ * For tests, per connection: LIFEBOAT_RDMA_BREAK=N breaks it after N messages and writes (nothing is said to
+ * the peer); LIFEBOAT_RDMA_FLIP=N flips a bit of the Nth write on its way, =all of every one.
+ *
  * Threads: as of a transport; registering and lb_rdma_write are the sending thread's, or (registering on
  * the receiving side) the receiving thread's.
  */

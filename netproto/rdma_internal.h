@@ -43,6 +43,7 @@ struct lb_rdma_conn {
     unsigned sq_depth;
     uint32_t tx_bytes;          /* of one message: the smaller of the two sides' */
     bool connected;             /* may be disconnected */
+    uint64_t break_at;          /* LIFEBOAT_RDMA_BREAK; 0: never */
 
     /* sending thread */
     unsigned tx_next;           /* buffer being filled */

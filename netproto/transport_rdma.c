@@ -69,8 +69,11 @@ static int post_receive(struct lb_rdma_conn *c, unsigned index)
 int lb_rdma_post(struct lb_rdma_conn *c, struct ibv_send_wr *wr, enum lb_rdma_kind kind, bool signal,
                  struct lb_error *err)
 {
+    struct ibv_qp_attr dead = {.qp_state = IBV_QPS_ERR};
     struct ibv_send_wr *bad;
 
+    if (c->break_at && c->posted >= c->break_at)
+        ibv_modify_qp(c->id->qp, &dead, IBV_QP_STATE);
     wr->wr_id = ++c->posted << 2 | kind;
     if (signal)
         wr->send_flags |= IBV_SEND_SIGNALED;
@@ -465,8 +468,10 @@ bool lb_rdma_is(const struct lb_transport *t)
 struct lb_rdma_conn *lb_rdma_conn_new(struct rdma_event_channel *events, struct rdma_cm_id *id)
 {
     struct lb_rdma_conn *c = lb_alloc(sizeof(*c));
+    const char *fault = getenv("LIFEBOAT_RDMA_BREAK");
     pthread_condattr_t attr;
 
+    c->break_at = fault ? strtoull(fault, NULL, 10) : 0;
     c->base.ops = &lb_rdma_ops;
     c->events = events;
     c->id = id;
