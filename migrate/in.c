@@ -78,7 +78,15 @@ static int load(struct in *s, struct lb_error *err)
     size_t len;
     uint64_t t;
     int rc = 0;
+    struct lb_bad_run bad;
+    unsigned n_bad;
+    uint64_t n = lb_receiver_bad(s->rx.recv, &bad, 1, &n_bad);
 
+    if (n) {
+        lb_fail(err, LB_E_NET, "%llu pages are other than their checksums, first page %u of block %u",
+                (unsigned long long)n, bad.run.first, bad.block);
+        return lb_remedy(err, "see to the fabric, or migrate with --transport tcp");
+    }
     /* The source computes its digest while we compute ours. */
     if (s->rx.req->verify && own_digest(s, digest, err))
         return -1;

@@ -373,6 +373,8 @@ static void tear_down(struct out *o)
         o->res->raw_pages = st.raw_pages;
         o->res->zstd_pages = st.zstd_pages;
         o->res->copied_bytes = st.copied_bytes;
+        o->res->direct_pages = st.direct_pages;
+        o->res->damaged_pages = o->tx.damaged_pages;
         o->res->replaced_connections = st.replaced;
         transport_name(o, &st, o->res->transport, sizeof(o->res->transport));
         lb_rdma_registered(&(uint64_t){0}, &o->res->registered_max_bytes);

@@ -10,6 +10,8 @@
 #include <string.h>
 #include <xxhash.h>
 
+#define REPAIRS 3u
+
 static int pause_guest(struct out *o, uint64_t *pages, struct lb_error *err)
 {
     lb_frames_start(o->frames);
@@ -178,6 +180,24 @@ static int send_last(struct out *o, uint32_t round, struct lb_error *err)
     return rc ? lb_tx_explain(&o->tx, err) : 0;
 }
 
+/* Zero copy, the guest is paused: what is other than its checksum now was damaged on its way. */
+static int repair(struct out *o, uint32_t *round, struct lb_error *err)
+{
+    for (unsigned tries = 0; tries <= REPAIRS; tries++) {
+        if (tries && send_last(o, ++*round, err))
+            return -1;
+        if (lb_tx_wait_done(&o->tx, *round, true, err))
+            return -1;
+        for (unsigned b = 0; b < o->tx.n_blocks; b++)
+            lb_bitmap_clear_all(&o->tx.dirty[b]);
+        if (!lb_tx_add_bad(&o->tx))
+            return 0;
+    }
+    lb_fail(err, LB_E_NET, "pages arrive damaged over RDMA again and again");
+    return lb_remedy(err, "see to the fabric (cables, firmware, memory of the device), or migrate with "
+                          "--transport tcp");
+}
+
 static int digest_blocks(struct out *o, uint8_t out[16], struct lb_error *err)
 {
     LB_AUTO_FREE const struct lb_ram_block **v = lb_alloc(sizeof(*v) * (o->tx.n_blocks + 1));
@@ -233,6 +253,8 @@ int lb_out_stop_and_copy(struct out *o, struct lb_error *err)
     /* A round of its own: a page of both must not overtake itself on another connection. */
     round++;
     if (lb_tx_fetch_log(&o->tx, &late, err) || send_last(o, round, err))
+        return -1;
+    if (o->tx.zero_copy && repair(o, &round, err))
         return -1;
     o->res->final_dirty_pages = (double)(pages + late);
     if (lb_sender_state(o->tx.sender, round, state, state_len, err))

@@ -16,6 +16,7 @@
  */
 #include "migrate/receiver.h"
 
+#include "migrate/direct.h"
 #include "netproto/rdma.h"
 
 #include <errno.h>
@@ -34,6 +35,7 @@ struct rworker {
     bool done;                   /* has END; locked by mu */
     pthread_t thread;
     bool started;
+    struct lb_direct_rx *direct; /* worker only: with zero copy */
     bool resumed;                /* worker only: no round has ended on this connection yet */
     uint8_t *bounce;
 };
@@ -57,6 +59,11 @@ struct lb_receiver {
     uint8_t *state;
     size_t state_len, state_cap;
     _Atomic uint64_t pages;
+    /* With zero copy: pages that are not as their checksums say; by the source's block id, those of blocks that do not
+     * travel empty. Locked by bad_mu; n_bad may be read without. */
+    struct lb_bitmap *bad;
+    _Atomic uint64_t n_bad;
+    pthread_mutex_t bad_mu;
 };
 
 static void fail(struct lb_receiver *r, const struct lb_error *err)
@@ -123,6 +130,64 @@ static int zero_run(struct rworker *w, const struct lb_ram_block *blk, const str
     return 0;
 }
 
+/* bad_mu held. */
+static void mark(struct lb_receiver *r, uint32_t block, uint64_t page, bool good)
+{
+    bool was_bad = lb_bitmap_test(&r->bad[block], page);
+
+    if (good && was_bad) {
+        lb_bitmap_clear(&r->bad[block], page);
+        atomic_fetch_sub(&r->n_bad, 1);
+    } else if (!good && !was_bad) {
+        lb_bitmap_set(&r->bad[block], page);
+        atomic_fetch_add(&r->n_bad, 1);
+    }
+}
+
+/* The pages of a record: good[] has a bit for each, NULL: they are what was sent. */
+static void mark_record(struct lb_receiver *r, const struct lb_record *rec, const uint64_t *good)
+{
+    unsigned n = 0;
+
+    if (!r->bad || (!good && !atomic_load(&r->n_bad)))
+        return;
+    pthread_mutex_lock(&r->bad_mu);
+    for (uint32_t i = 0; i < rec->n_runs; i++)
+        for (uint32_t k = 0; k < rec->runs[i].count; k++, n++)
+            mark(r, rec->block_id, (uint64_t)rec->runs[i].first + k,
+                 !good || (good[n / 64] >> (n % 64) & 1));
+    pthread_mutex_unlock(&r->bad_mu);
+}
+
+uint64_t lb_receiver_bad(struct lb_receiver *r, struct lb_bad_run *out, unsigned max, unsigned *n)
+{
+    uint64_t first, count;
+
+    *n = 0;
+    if (!r->bad)
+        return 0;
+    pthread_mutex_lock(&r->bad_mu);
+    for (unsigned b = 0; b < r->n_map; b++)
+        for (uint64_t at = 0; *n < max && lb_bitmap_next_run(&r->bad[b], at, UINT32_MAX,
+                                                             &first, &count);
+             at = first + count)
+            out[(*n)++] = (struct lb_bad_run){b, {(uint32_t)first, (uint32_t)count}};
+    pthread_mutex_unlock(&r->bad_mu);
+    return atomic_load(&r->n_bad);
+}
+
+/* What was written into our memory: look at it. */
+static int take_written(struct rworker *w, const struct lb_record *rec,
+                        const struct lb_ram_block *blk, struct lb_error *err)
+{
+    uint64_t good[LB_REC_MAX_PAGES / 64];
+
+    if (lb_direct_rx_written(w->direct, rec, blk, good, err))
+        return -1;
+    mark_record(w->r, rec, good);
+    return 0;
+}
+
 static int place(struct rworker *w, const struct lb_record *rec, struct lb_error *err)
 {
     struct lb_receiver *r = w->r;
@@ -134,6 +199,9 @@ static int place(struct rworker *w, const struct lb_record *rec, struct lb_error
     if (!blk)
         return lb_fail(err, LB_E_PROTO, "the peer sent pages of block %u which was not agreed",
                        rec->block_id);
+    if (rec->type == LB_REC_WRITTEN)
+        return take_written(w, rec, blk, err);
+    mark_record(r, rec, NULL); /* it fails or is there in a moment */
     if (rec->type == LB_REC_ZERO) {
         for (uint32_t i = 0; i < rec->n_runs; i++)
             if (zero_run(w, blk, &rec->runs[i], err))
@@ -231,9 +299,15 @@ static int serve(struct rworker *w, struct lb_error *err)
         switch (rec.type) {
         case LB_REC_PAGES:
         case LB_REC_ZERO:
+        case LB_REC_WRITTEN:
             if (check_round(w, rec.round, err) || place(w, &rec, err))
                 return -1;
             atomic_fetch_add(&r->pages, rec.n_pages);
+            break;
+        case LB_REC_ASK:
+            if (lb_direct_rx_ask(w->direct, &rec,
+                                 rec.block_id < r->n_map ? r->map[rec.block_id] : NULL, err))
+                return -1;
             break;
         case LB_REC_ROUND_END:
             if (end_round(w, rec.round, err))
@@ -272,6 +346,7 @@ static int resume(struct rworker *w, const struct lb_error *why)
     pthread_mutex_unlock(&r->mu);
     if (rc)
         return -1;
+    lb_direct_rx_free(LB_STEAL_PTR(w->direct));
     lb_bulk_close(old); /* nothing comes through it any more, before anything comes through the other one */
     lb_log(LB_LOG_WARN, "a connection goes on over TCP: %s", why->message);
     w->resumed = true;
@@ -312,6 +387,7 @@ static void *rworker_main(void *p)
         }
         memset(&err, 0, sizeof(err));
     }
+    lb_direct_rx_free(LB_STEAL_PTR(w->direct)); /* the memory is ours alone from now on */
     pthread_mutex_lock(&r->mu);
     w->done = true;
     r->ended++;
@@ -320,9 +396,18 @@ static void *rworker_main(void *p)
     return NULL;
 }
 
+static int make_bad(struct lb_receiver *r, struct lb_error *err)
+{
+    r->bad = lb_alloc(sizeof(*r->bad) * (r->n_map + 1));
+    for (unsigned b = 0; b < r->n_map; b++)
+        if (lb_bitmap_init(&r->bad[b], r->map[b] ? r->map[b]->size_bytes >> LB_PAGE_SHIFT : 0, err))
+            return -1;
+    return 0;
+}
+
 int lb_receiver_new(struct lb_hv_vm *vm, const struct lb_ram_block *const *map, unsigned n_map,
-                    struct lb_bulk **conns, unsigned n_conns, void (*on_event)(void *arg),
-                    void *arg, struct lb_receiver **out, struct lb_error *err)
+                    struct lb_bulk **conns, unsigned n_conns, bool zero_copy,
+                    void (*on_event)(void *arg), void *arg, struct lb_receiver **out, struct lb_error *err)
 {
     struct lb_receiver *r = lb_alloc(sizeof(*r));
     pthread_condattr_t ca;
@@ -339,11 +424,18 @@ int lb_receiver_new(struct lb_hv_vm *vm, const struct lb_ram_block *const *map, 
     pthread_condattr_setclock(&ca, CLOCK_MONOTONIC);
     pthread_cond_init(&r->cond, &ca);
     pthread_condattr_destroy(&ca);
+    pthread_mutex_init(&r->bad_mu, NULL);
     r->workers = lb_alloc(sizeof(*r->workers) * n_conns);
     for (unsigned i = 0; i < n_conns; i++) {
         r->workers[i].r = r;
         r->workers[i].bulk = conns[i];
         conns[i] = NULL;
+        if (zero_copy && lb_rdma_is(lb_bulk_transport(r->workers[i].bulk)))
+            r->workers[i].direct = lb_direct_rx_new(r->workers[i].bulk, n_conns);
+    }
+    if (zero_copy && make_bad(r, err)) {
+        lb_receiver_free(r);
+        return -1;
     }
     for (unsigned i = 0; i < n_conns; i++) {
         struct rworker *w = &r->workers[i];
@@ -408,12 +500,17 @@ void lb_receiver_free(struct lb_receiver *r)
     for (unsigned i = 0; i < r->n_workers; i++) {
         if (r->workers[i].started)
             pthread_join(r->workers[i].thread, NULL);
+        lb_direct_rx_free(r->workers[i].direct);
         lb_bulk_close(r->workers[i].bulk);
         lb_bulk_close(r->workers[i].next);
         free(r->workers[i].bounce);
     }
+    for (unsigned b = 0; r->bad && b < r->n_map; b++)
+        lb_bitmap_free(&r->bad[b]);
+    free(r->bad);
     free(r->workers);
     free(r->state);
+    pthread_mutex_destroy(&r->bad_mu);
     pthread_cond_destroy(&r->cond);
     pthread_mutex_destroy(&r->mu);
     free(r);

@@ -18,6 +18,7 @@
 #define LOCK_PATIENCE_NS UINT64_C(2000000000)
 #define TICK_NS UINT64_C(200000000)
 #define REPLACE_TICK_NS UINT64_C(20000000)
+#define MAX_BAD_RUNS 1024u
 #define GREETING_MS 10000u
 #define MAX_BLOCKS 512u
 #define MAX_CHANNELS 64u
@@ -491,7 +492,8 @@ int lb_rx_accept(struct lb_rx *r, unsigned n, struct lb_error *err)
 
 int lb_rx_start(struct lb_rx *r, unsigned n, struct lb_error *err)
 {
-    return lb_receiver_new(r->vm, r->map, r->n_map, r->conns, n, lb_rx_wake, r, &r->recv, err);
+    return lb_receiver_new(r->vm, r->map, r->n_map, r->conns, n, r->transport.zero_copy,
+                           lb_rx_wake, r, &r->recv, err);
 }
 
 /* ------------------------------------------------------------------- receive */
@@ -500,7 +502,21 @@ static int send_round_done(struct lb_rx *r, uint32_t round, struct lb_error *err
 {
     Lb__Control m = LB__CONTROL__INIT;
     Lb__RoundDone d = LB__ROUND_DONE__INIT;
+    LB_AUTO_FREE struct lb_bad_run *bad = lb_alloc(sizeof(*bad) * MAX_BAD_RUNS);
+    LB_AUTO_FREE Lb__BadRun *v = lb_alloc(sizeof(*v) * MAX_BAD_RUNS);
+    LB_AUTO_FREE Lb__BadRun **pv = lb_alloc(sizeof(*pv) * MAX_BAD_RUNS);
+    unsigned n = 0;
 
+    lb_receiver_bad(r->recv, bad, MAX_BAD_RUNS, &n);
+    for (unsigned i = 0; i < n; i++) {
+        lb__bad_run__init(&v[i]);
+        v[i].block = bad[i].block;
+        v[i].first = bad[i].run.first;
+        v[i].count = bad[i].run.count;
+        pv[i] = &v[i];
+    }
+    d.n_bad = n;
+    d.bad = pv;
     d.round = round;
     d.pages = lb_receiver_pages(r->recv);
     m.kind_case = LB__CONTROL__KIND_ROUND_DONE;

@@ -22,6 +22,7 @@
  */
 #include "migrate/sender.h"
 
+#include "migrate/direct.h"
 #include "migrate/tuner.h"
 #include "netproto/rdma.h"
 
@@ -33,6 +34,8 @@
 #include <time.h>
 
 #define CHUNK_PAGES 256u
+/* Registering costs as much as copying some of its pages, and populates it on the other side. */
+#define WORTH_PAGES (LB_RDMA_CHUNK_PAGES / 4)
 #define WINDOW_NS UINT64_C(50000000)
 #define SAMPLE_EVERY 16 /* records between samples of a level that is not in use */
 
@@ -53,6 +56,8 @@ struct worker {
     struct lb_page_run runs[LB_REC_MAX_PAGES], zruns[LB_REC_MAX_PAGES];
     struct iovec iov[LB_REC_MAX_PAGES];
     unsigned n_runs, n_pages, n_zruns, n_zpages;
+    struct lb_direct *direct;    /* with zero copy */
+    bool direct_now;             /* the record being filled goes this way */
     unsigned records;
     unsigned sample;             /* level index to try on the record being filled; 0: none */
     unsigned max_pages;          /* of the record being filled */
@@ -83,6 +88,7 @@ struct lb_sender {
     /* set before a generation starts, then read only */
     uint32_t round;
     bool peek;
+    uint64_t unit_pages;         /* of what a worker takes at once: CHUNK_PAGES, or a chunk to register */
     uint64_t n_chunks;
     uint64_t *block_chunk0;      /* first chunk number of each block; n_blocks + 1 */
 
@@ -167,10 +173,13 @@ static int flush_data(struct worker *w, struct lb_error *err)
     if (!w->n_runs)
         return 0;
     lb_bulk_get_stats(w->bulk, &a);
-    if (lb_bulk_send_pages(w->bulk, s->round, w->block, w->runs, w->iov, w->n_runs, level, err))
+    if (w->direct_now ? lb_direct_send(w->direct, s->round, &s->blocks[w->block], w->runs, w->iov,
+                                       w->n_runs, err)
+                      : lb_bulk_send_pages(w->bulk, s->round, w->block, w->runs, w->iov, w->n_runs,
+                                           level, err))
         return -1;
     lb_bulk_get_stats(w->bulk, &b);
-    if (s->fixed_level < 0 && level) {
+    if (s->fixed_level < 0 && level && !w->direct_now) {
         pthread_mutex_lock(&s->mu);
         lb_tuner_sample(&s->tuner, index, w->n_pages, b.zstd_ns - a.zstd_ns,
                         b.zstd_out_bytes - a.zstd_out_bytes);
@@ -223,7 +232,7 @@ static int add_data(struct worker *w, uint32_t page, const uint8_t *src, struct 
         w->iov[w->n_runs].iov_base = (void *)src;
         w->iov[w->n_runs++].iov_len = LB_PAGE_SIZE;
     }
-    if (++w->n_pages >= w->max_pages)
+    if (++w->n_pages >= (w->direct_now ? LB_REC_MAX_PAGES : w->max_pages))
         return flush_data(w, err);
     return 0;
 }
@@ -274,6 +283,34 @@ static int send_run(struct worker *w, const struct lb_ram_block *blk, uint64_t f
     return 0;
 }
 
+/* Pages to be sent of the registered chunk around `page`. */
+static uint64_t chunk_dirty(const struct lb_bitmap *dirty, uint64_t page)
+{
+    uint64_t n = 0, at = page / LB_RDMA_CHUNK_PAGES * (LB_RDMA_CHUNK_PAGES / 64);
+
+    for (uint64_t i = 0; i < LB_RDMA_CHUNK_PAGES / 64 && (at + i) * 64 < dirty->n_bits; i++)
+        n += (uint64_t)__builtin_popcountll(dirty->words[at + i]);
+    return n;
+}
+
+/* Whichever way the pages of this block from `first` on go: a record holds only of one kind. */
+static int choose_way(struct worker *w, unsigned b, uint64_t first, struct lb_error *err)
+{
+    struct lb_sender *s = w->s;
+    int ready = 0;
+
+    if (!w->direct)
+        return 0;
+    if (flush_data(w, err))
+        return -1;
+    ready = lb_direct_ready(w->direct, &s->blocks[b], first / LB_RDMA_CHUNK_PAGES,
+                            chunk_dirty(&s->dirty[b], first) >= WORTH_PAGES, err);
+    if (ready < 0)
+        return -1;
+    w->direct_now = ready > 0;
+    return 0;
+}
+
 static int send_chunk(struct worker *w, unsigned b, uint64_t first, uint64_t count,
                       struct lb_error *err)
 {
@@ -302,6 +339,8 @@ static int send_chunk(struct worker *w, unsigned b, uint64_t first, uint64_t cou
     if (w->block != blk->id && (flush_data(w, err) || flush_zero(w, err)))
         return -1;
     w->block = blk->id;
+    if (choose_way(w, b, first, err))
+        return -1;
     for (uint64_t at = 0; lb_bitmap_next_run(&set, at, count, &run_first, &run_count);
          at = run_first + run_count)
         if (send_run(w, blk, first + run_first, run_count, err))
@@ -320,8 +359,12 @@ static int send_numbered(struct worker *w, uint64_t chunk, struct lb_error *err)
 
     while (s->block_chunk0[b + 1] <= chunk)
         b++;
-    uint64_t first = (chunk - s->block_chunk0[b]) * CHUNK_PAGES;
-    return send_chunk(w, b, first, LB_MIN((uint64_t)CHUNK_PAGES, s->dirty[b].n_bits - first), err);
+    uint64_t first = (chunk - s->block_chunk0[b]) * s->unit_pages;
+    uint64_t end = LB_MIN(first + s->unit_pages, s->dirty[b].n_bits);
+    for (; first < end; first += CHUNK_PAGES)
+        if (send_chunk(w, b, first, LB_MIN((uint64_t)CHUNK_PAGES, end - first), err))
+            return -1;
+    return 0;
 }
 
 /* The next chunk is this worker's; false: there is none. */
@@ -375,6 +418,7 @@ static void add_stats(struct lb_bulk_stats *sum, const struct lb_bulk_stats *b)
     sum->zstd_out_bytes += b->zstd_out_bytes;
     sum->blocked_ns += b->blocked_ns;
     sum->copied_bytes += b->copied_bytes;
+    sum->direct_pages += b->direct_pages;
 }
 
 /* Nothing of this round counts as sent by this worker any more. */
@@ -410,6 +454,8 @@ static int replace(struct worker *w, struct lb_error *why)
     pthread_mutex_unlock(&s->mu);
     if (atomic_load(&s->aborted)) /* it may not have been there to be aborted */
         lb_bulk_abort(fresh);
+    lb_direct_free(LB_STEAL_PTR(w->direct));
+    w->direct_now = false;
     lb_bulk_close(old);
     forget_share(w);
     return 0;
@@ -452,6 +498,15 @@ static void *worker_main(void *p)
     }
 }
 
+static void number_chunks(struct lb_sender *s, uint64_t unit_pages)
+{
+    s->unit_pages = unit_pages;
+    for (unsigned b = 0; b < s->n_blocks; b++)
+        s->block_chunk0[b + 1] =
+            s->block_chunk0[b] + (s->dirty[b].n_bits + unit_pages - 1) / unit_pages;
+    s->n_chunks = s->block_chunk0[s->n_blocks];
+}
+
 int lb_sender_new(struct lb_hv_vm *vm, const struct lb_ram_block *blocks,
                   struct lb_bitmap *dirty, unsigned n_blocks, struct lb_bulk **conns,
                   unsigned n_conns, const struct lb_migrate_opts *opts, struct lb_sender **out,
@@ -478,10 +533,7 @@ int lb_sender_new(struct lb_hv_vm *vm, const struct lb_ram_block *blocks,
     pthread_cond_init(&s->cond, &ca);
     pthread_condattr_destroy(&ca);
     s->block_chunk0 = lb_alloc(sizeof(uint64_t) * (n_blocks + 1));
-    for (unsigned b = 0; b < n_blocks; b++)
-        s->block_chunk0[b + 1] =
-            s->block_chunk0[b] + (dirty[b].n_bits + CHUNK_PAGES - 1) / CHUNK_PAGES;
-    s->n_chunks = s->block_chunk0[n_blocks];
+    number_chunks(s, CHUNK_PAGES);
     s->workers = lb_alloc(sizeof(*s->workers) * n_conns);
     for (unsigned i = 0; i < n_conns; i++) {
         struct worker *w = &s->workers[i];
@@ -537,6 +589,25 @@ static struct totals totals(struct lb_sender *s)
     t.blocked_ns += b.blocked_ns;
     t.wire_bytes += b.wire_bytes;
     return t;
+}
+
+int lb_sender_set_zero_copy(struct lb_sender *s, struct lb_error *err)
+{
+    LB_AUTO_FREE uint64_t *pages = lb_alloc(sizeof(*pages) * (s->n_blocks + 1));
+
+    for (unsigned b = 0; b < s->n_blocks; b++)
+        pages[b] = s->blocks[b].size_bytes >> LB_PAGE_SHIFT;
+    for (unsigned i = 0; i < s->n_workers; i++) {
+        struct worker *w = &s->workers[i];
+
+        if (!lb_rdma_is(lb_bulk_transport(w->bulk)))
+            continue;
+        if (lb_bulk_set_blocks(w->bulk, pages, s->n_blocks, err))
+            return -1;
+        w->direct = lb_direct_new(w->bulk, w->bounce, s->n_workers);
+        number_chunks(s, LB_RDMA_CHUNK_PAGES);
+    }
+    return 0;
 }
 
 void lb_sender_set_reconnect(struct lb_sender *s,
@@ -623,6 +694,7 @@ void lb_sender_get_stats(struct lb_sender *s, struct lb_sender_stats *out)
     out->zstd_in_bytes = b.zstd_in_bytes;
     out->zstd_out_bytes = b.zstd_out_bytes;
     out->copied_bytes = b.copied_bytes;
+    out->direct_pages = b.direct_pages;
     out->n_conns = s->n_workers;
     pthread_mutex_lock(&s->mu);
     out->replaced = s->replaced;
@@ -701,6 +773,7 @@ void lb_sender_free(struct lb_sender *s)
     for (unsigned i = 0; i < s->n_workers; i++) {
         if (s->workers[i].started)
             pthread_join(s->workers[i].thread, NULL);
+        lb_direct_free(s->workers[i].direct);
         lb_bulk_close(s->workers[i].bulk);
         free(s->workers[i].bounce);
         free(s->workers[i].taken);

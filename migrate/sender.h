@@ -20,7 +20,7 @@ struct lb_sender_stats {
     unsigned rdma_conns;     /* of n_conns */
     unsigned n_conns;
     unsigned replaced;       /* RDMA connections that broke, and go on over TCP */
-    uint64_t copied_bytes;   /* lb_bulk_stats */
+    uint64_t copied_bytes, direct_pages; /* lb_bulk_stats */
 };
 /* Takes over the connections. dirty[i] belongs to blocks[i] and is read only between
  * round_begin and round_wait. */
@@ -35,6 +35,9 @@ void lb_sender_set_reconnect(struct lb_sender *s,
                              int (*reconnect)(unsigned index, struct lb_bulk **out,
                                               struct lb_error *err, void *arg),
                              void *arg);
+/* Before the first round: pages go straight into the receiver's memory over connections that are RDMA, as
+ * the receiver has agreed; those of chunks of which little is to be sent still go as records. */
+int lb_sender_set_zero_copy(struct lb_sender *s, struct lb_error *err);
 /* Start sending every set bit. `peek`: leave out pages that are dirty again. */
 void lb_sender_round_begin(struct lb_sender *s, uint32_t round, bool peek);
 /* Wait at most timeout_ms: 1 = still working, 0 = all sent and flushed, -1 = failed. */

@@ -65,6 +65,8 @@ void lb_tx_close(struct lb_tx *t)
         lb_bitmap_free(&t->dirty[b]);
     free(t->dirty);
     lb_vm_desc_free(&t->desc);
+    if (t->last_done)
+        lb__control__free_unpacked(t->last_done, NULL);
     lb_transport_wish_free(t->wish);
     if (t->have_cfg)
         lb_config_free(&t->cfg);
@@ -478,6 +480,8 @@ int lb_tx_connect(struct lb_tx *t, struct lb_bulk **extra, struct lb_error *err)
     if (rc)
         return lb_tx_explain(t, err);
     lb_sender_set_reconnect(t->sender, reconnect, t);
+    if (t->zero_copy && lb_sender_set_zero_copy(t->sender, err))
+        return -1;
     pthread_mutex_lock(&t->mu);
     t->abort_sender = t->sender;
     pthread_mutex_unlock(&t->mu);
@@ -518,6 +522,7 @@ int lb_tx_fetch_log(struct lb_tx *t, uint64_t *pages, struct lb_error *err)
             return -1;
         *pages += lb_bitmap_count(&t->dirty[b]);
     }
+    *pages += lb_tx_add_bad(t);
     return 0;
 }
 
@@ -593,11 +598,53 @@ uint64_t lb_tx_dirty_total(const struct lb_tx *t)
     return n;
 }
 
+int lb_tx_wait_done(struct lb_tx *t, uint32_t round, bool last, struct lb_error *err)
+{
+    for (;;) {
+        if (t->last_done)
+            lb__control__free_unpacked(LB_STEAL_PTR(t->last_done), NULL);
+        if (lb_ctl_queue_expect(t->ctl, LB__CONTROL__KIND_ROUND_DONE, &t->last_done,
+                                lb_now_ns() + LB_TX_ROUND_TIMEOUT_NS, err))
+            return lb_tx_explain(t, err);
+        uint32_t done = t->last_done->round_done->round;
+        if (done == round)
+            return 0;
+        if (!last || done > round)
+            return lb_fail(err, LB_E_PROTO, "the peer finished round %u, we are in round %u", done,
+                           round);
+    }
+}
+
+uint64_t lb_tx_add_bad(struct lb_tx *t)
+{
+    const Lb__RoundDone *d = t->last_done ? t->last_done->round_done : NULL;
+    uint64_t added = 0;
+
+    for (size_t i = 0; d && i < d->n_bad; i++) {
+        const Lb__BadRun *run = d->bad[i];
+
+        if (run->block >= t->n_blocks)
+            continue;
+        struct lb_bitmap *dirty = &t->dirty[run->block];
+        uint64_t end = LB_MIN((uint64_t)run->first + run->count, dirty->n_bits);
+        for (uint64_t page = run->first; page < end; page++) {
+            added += !lb_bitmap_test(dirty, page);
+            lb_bitmap_set(dirty, page);
+        }
+    }
+    if (t->last_done)
+        lb__control__free_unpacked(LB_STEAL_PTR(t->last_done), NULL);
+    t->damaged_pages += added;
+    if (added)
+        lb_log(LB_LOG_WARN, "%llu pages were damaged on their way and are sent again",
+               (unsigned long long)added);
+    return added;
+}
+
 int lb_tx_wait_round(struct lb_tx *t, uint32_t round,
                      int (*tick)(void *arg, struct lb_error *err), void *arg,
                      struct lb_error *err)
 {
-    Lb__Control *m = NULL;
     int rc;
 
     while ((rc = lb_sender_round_wait(t->sender, 20, err)) == 1)
@@ -607,13 +654,5 @@ int lb_tx_wait_round(struct lb_tx *t, uint32_t round,
         return lb_tx_explain(t, err);
     /* The destination says when it placed the last page: from here on nothing of
      * this round sits in a socket buffer, where it would lengthen the pause. */
-    if (lb_ctl_queue_expect(t->ctl, LB__CONTROL__KIND_ROUND_DONE, &m,
-                            lb_now_ns() + LB_TX_ROUND_TIMEOUT_NS, err))
-        return lb_tx_explain(t, err);
-    rc = m->round_done->round == round
-             ? 0
-             : lb_fail(err, LB_E_PROTO, "the peer finished round %u, we are in round %u",
-                       m->round_done->round, round);
-    lb__control__free_unpacked(m, NULL);
-    return rc;
+    return lb_tx_wait_done(t, round, false, err);
 }

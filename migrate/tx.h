@@ -49,6 +49,8 @@ struct lb_tx {
     struct lb_rdma_addr rdma[LB_RDMA_MAX_ADDRS]; /* where the destination listens */
     unsigned n_rdma;                  /* 0: TCP, from the beginning or since a connection failed */
     bool zero_copy;
+    Lb__Control *last_done;           /* RoundDone of the last round: what is bad there */
+    uint64_t damaged_pages;           /* bad without having been written by the guest */
     const struct lb_ram_block *blocks;
     unsigned n_blocks, n_threads;
     struct lb_bitmap *dirty;          /* per block: what is to be sent */
@@ -100,6 +102,11 @@ uint64_t lb_tx_dirty_total(const struct lb_tx *t); /* pages in dirty[] */
 int lb_tx_wait_round(struct lb_tx *t, uint32_t round,
                      int (*tick)(void *arg, struct lb_error *err), void *arg,
                      struct lb_error *err);
+
+/* The same for the last rounds, after the sender is done with them: RoundDone of earlier ones is passed over. */
+int lb_tx_wait_done(struct lb_tx *t, uint32_t round, bool last, struct lb_error *err);
+/* Pages that the last round left bad at the destination become dirty. Returns how many were not. */
+uint64_t lb_tx_add_bad(struct lb_tx *t);
 
 /* An error that only says "connection aborted" hides who aborted and why: put that. -1. */
 int lb_tx_explain(struct lb_tx *t, struct lb_error *err);

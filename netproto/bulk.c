@@ -67,7 +67,7 @@ struct lb_bulk {
 
     /* any thread, relaxed; written by the sending thread */
     _Atomic uint64_t wire_bytes, raw_pages, zstd_pages, zstd_in_bytes, zstd_out_bytes, zstd_ns,
-        zero_pages, copied_bytes;
+        zero_pages, copied_bytes, direct_pages;
 };
 
 static void count(_Atomic uint64_t *c, uint64_t n)
@@ -315,6 +315,7 @@ void lb_bulk_get_stats(const struct lb_bulk *b, struct lb_bulk_stats *out)
         .zstd_out_bytes = LOAD(zstd_out_bytes),
         .zstd_ns = LOAD(zstd_ns),
         .zero_pages = LOAD(zero_pages),
+        .direct_pages = LOAD(direct_pages),
         .blocked_ns = LOAD(t->blocked_ns),
         .copied_bytes = LOAD(copied_bytes) + LOAD(t->copied_bytes),
     };
@@ -607,6 +608,32 @@ int lb_bulk_send_state_xor(struct lb_bulk *b, uint32_t round, const void *xored,
     return 1;
 }
 
+int lb_bulk_send_direct(struct lb_bulk *b, enum lb_rec_type type, uint32_t round, uint32_t block_id,
+                        const struct lb_page_run *runs, unsigned n_runs, const void *payload,
+                        size_t len, struct lb_error *err)
+{
+    struct lb_rec_header h = {.type = (uint16_t)type, .round = round, .block_id = block_id,
+                              .n_runs = n_runs, .payload_bytes = (uint32_t)len};
+    struct iovec iov = {(void *)(uintptr_t)payload, len};
+
+    if (check_tx(b, err) < 0)
+        return -1;
+    assert(b->limits.direct != LB_DIRECT_NONE && len <= LB_REC_MAX_DIRECT_BYTES);
+    for (unsigned i = 0; i < n_runs; i++)
+        h.n_pages += runs[i].count;
+    if (put_head(b, &h, runs, err) < 0 || put_sealed(b, &iov, 1, err) < 0 ||
+        (type != LB_REC_WRITTEN && flush(b, err) < 0))
+        return sent(b, -1);
+    return 0;
+}
+
+void lb_bulk_count_direct(struct lb_bulk *b, uint64_t pages, uint64_t copied_bytes)
+{
+    count(&b->direct_pages, pages);
+    count(&b->wire_bytes, pages * LB_WIRE_PAGE_BYTES);
+    count(&b->copied_bytes, copied_bytes);
+}
+
 int lb_bulk_flush(struct lb_bulk *b, struct lb_error *err)
 {
     return check_tx(b, err) < 0 ? -1 : sent(b, flush(b, err));
@@ -630,6 +657,11 @@ int lb_bulk_set_blocks(struct lb_bulk *b, const uint64_t *n_pages_of_block, unsi
     b->limits.n_pages_of_block = copy;
     b->limits.n_blocks = n_blocks;
     return 0;
+}
+
+void lb_bulk_set_direct(struct lb_bulk *b, enum lb_direct_side side)
+{
+    b->limits.direct = side;
 }
 
 /* At least len bytes at rbuf + r_pos. */
@@ -850,6 +882,14 @@ int lb_bulk_recv_data(struct lb_bulk *b, const struct lb_record *rec, void *buf,
     struct iovec iov = {.iov_base = buf, .iov_len = rec->payload_bytes};
     assert(b->rx_state == RX_PAYLOAD && b->hdr.type == LB_REC_STATE && !b->rx_broken);
     assert(!b->limits.checkpoint); /* there it may be compressed */
+    return taken(b, get_payload(b, &iov, 1, err), err);
+}
+
+int lb_bulk_recv_direct(struct lb_bulk *b, const struct lb_record *rec, void *payload,
+                        struct lb_error *err)
+{
+    struct iovec iov = {.iov_base = payload, .iov_len = rec->payload_bytes};
+    assert(b->rx_state == RX_PAYLOAD && b->hdr.type >= LB_REC_WRITTEN && !b->rx_broken);
     return taken(b, get_payload(b, &iov, 1, err), err);
 }
 

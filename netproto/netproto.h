@@ -171,6 +171,10 @@ enum lb_rec_type {
     LB_REC_DISK = 7,       /* block = disk number; payload: operations on it */
     LB_REC_FRAMES = 8,     /* payload: what the guest sent in this epoch */
     LB_REC_EPOCH_END = 9,  /* payload: u64 epoch; everything of it was sent */
+    /* with zero copy, where the sender writes into the receiver's memory itself (rdma.h) */
+    LB_REC_WRITTEN = 10,   /* runs + XXH3-64 of each page: they are there */
+    LB_REC_ASK = 11,       /* one run: let me write there; payload: u32 slot */
+    LB_REC_GRANT = 12,     /* the answer, from the receiver: the same run; payload: u64 address, u32 key, u32 granted */
 };
 enum lb_codec {
     LB_CODEC_RAW = 0,
@@ -221,6 +225,7 @@ struct lb_bulk_stats { /* since open; monotonic; readable from any thread (relax
     uint64_t zstd_pages;
     uint64_t zstd_in_bytes, zstd_out_bytes, zstd_ns;
     uint64_t zero_pages;
+    uint64_t direct_pages;   /* written straight into the receiver's memory; in wire_bytes, too */
     uint64_t blocked_ns;     /* time spent waiting for the transport (socket full) */
     uint64_t copied_bytes;   /* moved by a processor here, both directions: sealed, opened, compressed, to and from
                                 the network (where the kernel does that, what it copies) */
@@ -289,6 +294,19 @@ int lb_bulk_recv_delta(struct lb_bulk *b, const struct lb_record *rec, void *xor
 /* ...and the others, decompressed: *data is b's until the next call, 0 < *len <= LB_REC_MAX_PAYLOAD. */
 int lb_bulk_recv_blob(struct lb_bulk *b, const struct lb_record *rec, const void **data,
                       size_t *len, struct lb_error *err);
+/* ---- zero copy: WRITTEN, ASK, GRANT. Both sides say so before their first record. */
+enum lb_direct_side { LB_DIRECT_NONE, LB_DIRECT_SOURCE, LB_DIRECT_DEST };
+void lb_bulk_set_direct(struct lb_bulk *b, enum lb_direct_side side);
+#define LB_REC_MAX_DIRECT_BYTES (LB_REC_MAX_PAGES * 8u)
+/* One of the three. WRITTEN is buffered, the others flush. */
+int lb_bulk_send_direct(struct lb_bulk *b, enum lb_rec_type type, uint32_t round, uint32_t block_id,
+                        const struct lb_page_run *runs, unsigned n_runs, const void *payload,
+                        size_t len, struct lb_error *err);
+/* Its payload, at most LB_REC_MAX_DIRECT_BYTES. */
+int lb_bulk_recv_direct(struct lb_bulk *b, const struct lb_record *rec, void *payload,
+                        struct lb_error *err);
+/* Pages that went beside the stream, for the statistics. */
+void lb_bulk_count_direct(struct lb_bulk *b, uint64_t pages, uint64_t copied_bytes);
 void lb_bulk_abort(struct lb_bulk *b);  /* any thread */
 void lb_bulk_close(struct lb_bulk *b);  /* NULL is fine; wipes keys */
 

@@ -121,6 +121,9 @@ int lb_zstd_decompress(struct lb_zstd *z, const void *in, size_t len, void *out,
 #define LB_REC_FLAG_OPTIONAL 1u
 #define LB_REC_CHECKSUM_BYTES 8u  /* before the frame of a DELTA */
 #define LB_REC_EPOCH_END_BYTES 8u
+#define LB_REC_ASK_BYTES 4u
+#define LB_REC_GRANT_BYTES 16u
+#define LB_REC_MAX_ASK_PAGES 4096u
 /* Wire page: the same 4096 as core/hv.h's, fixed by the format. */
 #define LB_WIRE_PAGE_BYTES 4096u
 
@@ -136,6 +139,7 @@ struct lb_rec_limits {
     unsigned n_blocks;
     uint32_t index; /* of the connection */
     bool checkpoint;
+    enum lb_direct_side direct;
 };
 void lb_rec_write_header(uint8_t out[LB_REC_HEADER_BYTES], const struct lb_rec_header *h);
 /* Decode and check everything that can be checked without the runs. */

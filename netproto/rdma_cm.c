@@ -17,10 +17,10 @@
 #define RESOLVE_MS 2000
 #define ACCEPT_MS 5000u
 #define BACKLOG 64
-/* The device waits 4.096 us * 2^16 = 0.27 s for an answer and tries 7 times: 2 s until it gives up. Not 8
+/* The device waits 4.096 us * 2^17 = 0.54 s for an answer and tries 7 times: 4 s until it gives up. Not 8
  * times: 7 retries are endless ones to soft-RoCE, as by the specification they are only when the other
  * side has no buffer. */
-#define ACK_TIMEOUT 16
+#define ACK_TIMEOUT 17
 #define RETRIES 6
 #define REQUEST_BYTES (LB_PREAMBLE_BYTES + LB_RDMA_HELLO_BYTES) /* at most 56 */
 

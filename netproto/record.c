@@ -115,6 +115,24 @@ static int check_data(const struct lb_rec_header *h, struct lb_error *err)
     return 0;
 }
 
+/* WRITTEN, ASK, GRANT: runs and a payload whose size they give. */
+static int check_direct(const struct lb_rec_header *h, const struct lb_rec_limits *l,
+                        struct lb_error *err)
+{
+    bool written = h->type == LB_REC_WRITTEN;
+    uint32_t bytes = written                  ? h->n_pages * 8
+                     : h->type == LB_REC_ASK  ? LB_REC_ASK_BYTES
+                                              : LB_REC_GRANT_BYTES;
+
+    if (check_block(h, l, err) < 0)
+        return -1;
+    if (h->n_pages > (written ? LB_REC_MAX_PAGES : LB_REC_MAX_ASK_PAGES))
+        return bad(h, "too many pages", err);
+    if (h->codec != LB_CODEC_RAW || h->payload_bytes != bytes || (!written && h->n_runs != 1))
+        return bad(h, "its payload or its runs are not what they should be", err);
+    return 0;
+}
+
 /* By type, of a known one. */
 static int check_content(const struct lb_rec_header *h, const struct lb_rec_limits *l,
                          struct lb_error *err)
@@ -131,12 +149,23 @@ static int check_content(const struct lb_rec_header *h, const struct lb_rec_limi
     case LB_REC_ROUND_END:
     case LB_REC_END:
         return check_mark(h, l, err);
+    case LB_REC_WRITTEN:
+    case LB_REC_ASK:
+    case LB_REC_GRANT:
+        return check_direct(h, l, err);
     default:
         return check_data(h, err);
     }
 }
 
-enum where { NOWHERE, ROUNDS = 1, CHECKPOINTS = 2, EVERYWHERE = 3 };
+enum where {
+    NOWHERE,
+    ROUNDS = 1,
+    CHECKPOINTS = 2,
+    EVERYWHERE = 3,
+    TO_DEST = 4,   /* with zero copy, from the source */
+    TO_SOURCE = 8, /* and back */
+};
 
 /* On which connections a type may appear; NOWHERE: this version does not know it. */
 static enum where place_of(uint16_t type)
@@ -154,6 +183,11 @@ static enum where place_of(uint16_t type)
     case LB_REC_FRAMES:
     case LB_REC_EPOCH_END:
         return CHECKPOINTS;
+    case LB_REC_WRITTEN:
+    case LB_REC_ASK:
+        return TO_DEST;
+    case LB_REC_GRANT:
+        return TO_SOURCE;
     default:
         return NOWHERE;
     }
@@ -188,7 +222,11 @@ int lb_rec_parse_header(const uint8_t in[LB_REC_HEADER_BYTES], const struct lb_r
     }
     if (h->flags)
         return bad(h, "marked optional", err);
-    if (!(where & (l->checkpoint ? CHECKPOINTS : ROUNDS)))
+    enum where here = l->checkpoint                      ? CHECKPOINTS
+                      : l->direct == LB_DIRECT_SOURCE ? TO_SOURCE
+                      : l->direct == LB_DIRECT_DEST   ? ROUNDS | TO_DEST
+                                                      : ROUNDS;
+    if (!(where & here))
         return bad(h, "does not belong on this connection", err);
     return check_content(h, l, err);
 }
