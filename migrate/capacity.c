@@ -1,7 +1,6 @@
 /* migrate/capacity.c - the fragment of this host, and asking others for theirs. See capacity.h. */
 #include "migrate/capacity.h"
 
-#include <dirent.h>
 #include <inttypes.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -18,6 +17,7 @@
 #define ANSWER_NS UINT64_C(30000000000)
 #define DEFAULT_RAM_BYTES (UINT64_C(128) << 20) /* QEMU's, without -m */
 #define MAX_CHECKS 4096u
+#define MOST_DESC_BYTES (2u << 20)               /* of one VM (netproto/desc_proto.h) */
 
 /* ------------------------------------------------------------------------ processes */
 
@@ -356,13 +356,22 @@ static int take_answer(struct lb_peer *p, const Lb__Capacity *c, struct lb_error
     return 0;
 }
 
-/* Those that can be told; what cannot is found out when it is to move. */
+/* Those that can be told, as many as a message holds; what cannot is found out when it is to move. */
 static void add_checks(Lb__CapacityQuery *q, const struct lb_vm_desc *const *check, unsigned n)
 {
+    size_t bytes = 0;
+
     q->check = lb_alloc((n + 1) * sizeof(*q->check));
-    for (unsigned i = 0; i < n && q->n_check < MAX_CHECKS; i++)
-        if (!lb_desc_to_proto(check[i], &q->check[q->n_check], NULL))
-            q->n_check++;
+    for (unsigned i = 0; i < n && q->n_check < MAX_CHECKS; i++) {
+        Lb__VmDescription *d;
+
+        if (lb_desc_to_proto(check[i], &d, NULL))
+            continue;
+        bytes += lb__vm_description__get_packed_size(d) + 8;
+        q->check[q->n_check++] = d;
+        if (bytes > LB_CONTROL_MAX_BYTES - MOST_DESC_BYTES)
+            break;
+    }
 }
 
 static int question(struct lb_chan *chan, struct lb_peer *p, const struct lb_vm_desc *const *check, unsigned n_check,
