@@ -9,7 +9,7 @@
  *   sessions.c     session processes: start, connection, routing, end
  *   protect.c      protections: requests, whom to try next and when, what they say of themselves
  *   checkpoint.c   checkpoints: requests, schedules, fills; batch.c all VMs at once; what is said of them
- *   evacuate.c     emptying this host, maintenance mode
+ *   evacuate.c     emptying this host; evac_work.c what is done with each VM, maintenance.c maintenance mode
  *   ckpt.c         keys, this host's configuration, JSON of checkpoints
  *   directory.c    this host in the directory of hosts
  *   peers.c        the listening port: preambles, routing of bulk connections
