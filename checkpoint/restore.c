@@ -143,6 +143,24 @@ static struct lb_path_map *own_paths(const struct lb_restore *r, const char *dir
     return v;
 }
 
+/* A guest does not ask again what its processor can do. */
+static int check_processor(struct lb_restore *r, struct lb_error *err)
+{
+    char *const *used = r->ck.info.meta.desc.features;
+    char **offered = NULL;
+    int rc;
+
+    if (!used || !used[0])
+        return 0;
+    if (lb_hv_cpu_features(r->vm, &offered, err))
+        return -1;
+    rc = lb_cpu_features_check(used, offered, err);
+    if (rc)
+        lb_remedy(err, "bring it back on a host with the processor and the hypervisor it ran on, or newer ones");
+    lb_strv_free(offered);
+    return rc;
+}
+
 static int launch(struct lb_restore *r, struct lb_error *err)
 {
     LB_AUTO_FREE char *dir = lb_vm_dir(r->env->state_dir, r->entry.name, true);
@@ -174,7 +192,7 @@ static int launch(struct lb_restore *r, struct lb_error *err)
     if (save_entry(r, err))
         return -1;
     lb_point("restore-launched");
-    return 0;
+    return check_processor(r, err);
 }
 
 /* --------------------------------------------------------------------- memory */

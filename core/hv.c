@@ -32,7 +32,7 @@ static const struct lb_hv_ops *ops_of(struct lb_hv_vm *vm)
 static void check_ops(const struct lb_hv_ops *ops)
 {
     assert(ops && ops->name);
-    assert(ops->attach && ops->describe && ops->blocks);
+    assert(ops->attach && ops->describe && ops->cpu_features && ops->blocks);
     assert(ops->log_enable && ops->log_clean && ops->log_peek && ops->log_disable);
     assert(ops->populated && ops->read && ops->stop && ops->cont);
     assert(ops->save_begin && ops->save_end && ops->throttle);
@@ -89,6 +89,12 @@ int lb_hv_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,
     assert(is_source(base) && !base->logging && !base->saving && !base->lazy);
     *out = vm;
     return 0;
+}
+
+int lb_hv_cpu_features(struct lb_hv_vm *vm, char ***out, struct lb_error *err)
+{
+    assert(out);
+    return ops_of(vm)->cpu_features(vm, out, err);
 }
 
 int lb_hv_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err)

@@ -170,6 +170,8 @@ struct lb_hv_ops {
     /* Fill *out (caller: lb_vm_desc_free). May take tens of ms; guest keeps running. Works on
      * a receiver too (its CPU features are compared with the source's). */
     int (*describe)(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err);
+    /* Only the features of describe, at once; *out: caller frees each and the list. */
+    int (*cpu_features)(struct lb_hv_vm *vm, char ***out, struct lb_error *err);
     /* Locate RAM blocks; table owned by vm. */
     int (*blocks)(struct lb_hv_vm *vm, const struct lb_ram_block **out, unsigned *n,
                   struct lb_error *err);
@@ -342,9 +344,14 @@ struct lb_hv_vm_base {
     bool lazy;                   /* engine thread: between lazy_begin or lazy_attach and lazy_end */
 };
 
+/* Does a host offer all that a guest uses? Lists as in lb_vm_desc.features; NULL: nothing. LB_E_PREFLIGHT names what is
+ * lacking; the remedy is that of a VM that runs elsewhere. */
+int lb_cpu_features_check(char *const *guest, char *const *host, struct lb_error *err);
+
 int lb_hv_attach(const struct lb_hv_ops *ops, const struct lb_vm_ident *ident,
                  struct lb_hv_vm **out, struct lb_error *err);
 int lb_hv_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err);
+int lb_hv_cpu_features(struct lb_hv_vm *vm, char ***out, struct lb_error *err);
 int lb_hv_blocks(struct lb_hv_vm *vm, const struct lb_ram_block **out, unsigned *n,
                  struct lb_error *err);
 int lb_hv_log_enable(struct lb_hv_vm *vm, struct lb_error *err);

@@ -44,7 +44,5 @@ void lb_preflight_standby(const struct lb_vm_desc *d, const struct lb_host_confi
                           unsigned n_copied, struct lb_report *r);
 /* What a VM takes on its host: guest memory, the hypervisor itself, its tables. */
 uint64_t lb_preflight_need_bytes(uint64_t ram_bytes);
-/* After the receiver was launched: guest-visible CPU features must be a superset. */
-int lb_preflight_features(char *const *source, char *const *dest, struct lb_error *err);
 
 #endif

@@ -243,7 +243,7 @@ int lb_rx_launch(struct lb_rx *r, struct lb_error *err)
     lb_point("dst-launched");
     if (lb_hv_describe(r->vm, &mine, err))
         return -1;
-    rc = lb_preflight_features(r->desc.features, mine.features, err);
+    rc = lb_cpu_features_check(r->desc.features, mine.features, err);
     lb_vm_desc_free(&mine);
     if (rc)
         return -1;

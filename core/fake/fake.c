@@ -59,6 +59,7 @@ const char *lb_fake_slot_name(enum lb_fake_slot slot)
         "nics",       "nic_hold",  "nic_unhold", "disks",  "disk_mirror", "disk_mirror_status",
         "disk_mirror_end", "clock_step", "disk_overlay", "disk_freeze", "disk_join",
         "lazy_begin", "lazy_attach", "lazy_fault", "lazy_place", "lazy_offer", "lazy_touched", "lazy_missing", "lazy_end",
+        "cpu_features",
     };
     assert(slot < LB_FAKE_N_SLOTS);
     return names[slot];
@@ -793,6 +794,22 @@ static int fake_attach(const struct lb_vm_ident *ident, struct lb_hv_vm **out,
     return lb_fake_enter(LB_FAKE_ATTACH, NULL, err) < 0 ? -1 : lb_fake_find(ident, out, err);
 }
 
+static char **features(void)
+{
+    char **v = lb_alloc(3 * sizeof(*v));
+    v[0] = lb_strdup("fake-paging");
+    v[1] = lb_strdup("fake-sse");
+    return v;
+}
+
+static int fake_cpu_features(struct lb_hv_vm *vm, char ***out, struct lb_error *err)
+{
+    if (lb_fake_enter(LB_FAKE_CPU_FEATURES, vm->guest, err) < 0)
+        return -1;
+    *out = features();
+    return 0;
+}
+
 static int fake_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err)
 {
     struct guest *g = vm->guest;
@@ -813,9 +830,6 @@ static int fake_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_
     argv[9] = lb_asprintf("disk_bytes=%" PRIu64, g->config.disk_bytes);
     argv[10] = lb_asprintf("disk_writes_per_s=%" PRIu64, g->config.disk_writes_per_s);
     argv[11] = lb_asprintf("no_clock=%d", g->config.no_clock);
-    char **features = lb_alloc(3 * sizeof(*features));
-    features[0] = lb_strdup("fake-paging");
-    features[1] = lb_strdup("fake-sse");
     uname(&host);
     *out = (struct lb_vm_desc){
         .name = lb_strdup(g->name),
@@ -832,7 +846,7 @@ static int fake_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_
         .vcpus = 1,
         .ram_bytes = g->config.ram_bytes,
         .uuid = lb_strdup(g->uuid),
-        .features = features,
+        .features = features(),
         .blockers = lb_alloc(sizeof(char *)),
         .kernel_release = lb_strdup(host.release),
     };
@@ -1323,6 +1337,7 @@ const struct lb_hv_ops lb_hv_fake = {
     .name = "fake",
     .attach = fake_attach,
     .describe = fake_describe,
+    .cpu_features = fake_cpu_features,
     .blocks = fake_blocks,
     .log_enable = fake_log_enable,
     .log_clean = fake_log_clean,

@@ -171,6 +171,16 @@ static void look_at_cpu(struct look *l)
     json_decref(cpus);
 }
 
+int lb_qemu_cpu_features(struct lb_hv_vm *vm, char ***out, struct lb_error *err)
+{
+    struct lb_vm_desc desc = {0};
+    struct look l = {.vm = vm, .out = &desc};
+    look_at_cpu(&l);
+    *out = LB_STEAL_PTR(desc.features);
+    lb_vm_desc_free(&desc);
+    return *out ? 0 : lb_fail(err, LB_E_HV, "QEMU of VM %s does not tell what its processor offers", vm->name);
+}
+
 static void look_at_machine(struct look *l)
 {
     struct lb_vm_desc *d = l->out;

@@ -449,6 +449,7 @@ const struct lb_hv_ops lb_hv_qemu = {
     .name = "qemu",
     .attach = attach,
     .describe = lb_qemu_describe,
+    .cpu_features = lb_qemu_cpu_features,
     .blocks = blocks,
     .log_enable = log_enable,
     .log_clean = log_clean,

@@ -235,6 +235,7 @@ void lb_qemu_remove_run_files(const char *run_dir);
 
 /* -------------------------------------------------------------- describe.c */
 int lb_qemu_describe(struct lb_hv_vm *vm, struct lb_vm_desc *out, struct lb_error *err);
+int lb_qemu_cpu_features(struct lb_hv_vm *vm, char ***out, struct lb_error *err);
 
 /* --------------------------------------------------------------- cmdline.c */
 

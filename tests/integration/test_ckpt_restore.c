@@ -316,6 +316,28 @@ static void test_disk_changed(void **state)
 
 /* ------------------------------------------------------------------- live, others */
 
+/* Refused before anything of it is loaded. */
+static void check_lesser_processor(void)
+{
+    LB_AUTO_FREE char *path = lb_asprintf("%s/lesser", m.state);
+    struct lb_launch_opts lesser = {.emulator = path};
+    struct lb_restore_opts o = {.as = "lesser"};
+    struct lb_error why;
+    FILE *f = fopen(path, "w");
+
+    assert_non_null(f);
+    fprintf(f, "#!/bin/sh\nexec %s \"$@\" -cpu 486\n", qemu_bin());
+    fclose(f);
+    assert_int_equal(chmod(path, 0755), 0);
+    m.env.launch = &lesser;
+    why = refused("t@2", &o);
+    m.env.launch = NULL;
+    assert_int_equal(why.code, LB_E_PREFLIGHT);
+    assert_non_null(strstr(why.message, "CPUID."));
+    assert_non_null(strstr(why.remedy, "processor"));
+    assert_false(exists("lesser.lb-1.qcow2") || exists("state/vms/lesser"));
+}
+
 static void test_restore_beside(void **state)
 {
     struct lb_restore_opts lazy = {.as = "lazy"}, eager = {.as = "eager", .eager = true};
@@ -357,6 +379,7 @@ static void test_restore_beside(void **state)
     m.env.launch = NULL;
     assert_int_equal(why.code, LB_E_HV);
     assert_false(exists("broken.lb-1.qcow2") || exists("state/vms/broken"));
+    check_lesser_processor();
     LB_AUTO_FREE char *users = NULL;
     char path[256];
     snprintf(path, sizeof(path), "%s/t/disks.json", m.catalog);

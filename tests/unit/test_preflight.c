@@ -715,10 +715,10 @@ static void test_features(void **s)
     char *more[] = {(char *)"aes", (char *)"avx2", (char *)"sse2", NULL};
     char *less[] = {(char *)"sse2", NULL};
     struct lb_error err = LB_ERROR_INIT;
-    assert_int_equal(lb_preflight_features(src, more, &err), 0);
-    assert_int_equal(lb_preflight_features(src, src, &err), 0);
-    assert_int_equal(lb_preflight_features(NULL, less, &err), 0);
-    assert_int_equal(lb_preflight_features(src, less, &err), -1);
+    assert_int_equal(lb_cpu_features_check(src, more, &err), 0);
+    assert_int_equal(lb_cpu_features_check(src, src, &err), 0);
+    assert_int_equal(lb_cpu_features_check(NULL, less, &err), 0);
+    assert_int_equal(lb_cpu_features_check(src, less, &err), -1);
     assert_int_equal(err.code, LB_E_PREFLIGHT);
     assert_non_null(strstr(err.message, "1 CPU features that this host does not offer: avx2"));
     assert_non_null(strstr(err.remedy, "-cpu"));
@@ -726,15 +726,15 @@ static void test_features(void **s)
     char *words[] = {(char *)"CPUID.1.0.ECX:0x00000206", (char *)"CPUID.7.0.EDX:0x00000000", NULL};
     char *newer[] = {(char *)"CPUID.1.0.ECX:0x80000207", NULL};
     char *older[] = {(char *)"CPUID.1.0.ECX:0x00000006", (char *)"CPUID.1.0.EDX:0xffffffff", NULL};
-    assert_int_equal(lb_preflight_features(words, newer, &err), 0);
-    assert_int_equal(lb_preflight_features(words, older, &err), -1);
+    assert_int_equal(lb_cpu_features_check(words, newer, &err), 0);
+    assert_int_equal(lb_cpu_features_check(words, older, &err), -1);
     assert_non_null(strstr(err.message, "1 CPU features"));
     assert_non_null(strstr(err.message, "CPUID.1.0.ECX bits 0x200"));
     char *many[101];
     for (unsigned i = 0; i < 100; i++)
         many[i] = (char *)"a-rather-long-feature-name";
     many[100] = NULL;
-    assert_int_equal(lb_preflight_features(many, less, &err), -1);
+    assert_int_equal(lb_cpu_features_check(many, less, &err), -1);
     assert_non_null(strstr(err.message, " ..."));
 }
 
