@@ -78,7 +78,7 @@ static double filled(struct lb_hv_vm *hv, const struct lb_ram_block *b, const st
     return seen ? (double)some / (double)seen : 1;
 }
 
-/* Pages of main memory that are to be sent at all. */
+/* Pages that are to be sent at all. */
 static int populated(struct lb_hv_vm *hv, const struct lb_ram_block *b, uint64_t *pages, struct lb_error *err)
 {
     struct lb_bitmap set = {0};
@@ -98,12 +98,9 @@ static int touched(struct lb_hv_vm *hv, const struct lb_ram_block *b, unsigned n
 {
     uint64_t pages = 0;
 
-    for (unsigned i = 0; i < n; i++) {
-        if (b[i].kind == LB_RAM_DEVICE)
-            pages += b[i].size_bytes / LB_PAGE_SIZE;
-        else if (b[i].kind == LB_RAM_MAIN && populated(hv, &b[i], &pages, err))
+    for (unsigned i = 0; i < n; i++)
+        if (b[i].kind != LB_RAM_ROM && populated(hv, &b[i], &pages, err))
             return -1;
-    }
     *bytes = pages * LB_PAGE_SIZE;
     return 0;
 }
