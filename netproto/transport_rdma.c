@@ -426,7 +426,7 @@ static void rdma_close(struct lb_transport *t)
 {
     struct lb_rdma_conn *c = lb_rdma_conn_of(t);
 
-    if (c->connected && !c->aborted)
+    if (c->connected && !c->aborted && c->tx_busy > 0)
         lb_rdma_drain(t, lb_now_ns() + CLOSE_WAIT_NS, NULL);
     if (c->connected)
         rdma_disconnect(c->id);

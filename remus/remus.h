@@ -65,6 +65,8 @@ struct lb_protect_status {
     char witness[160];           /* spec, or the error of the last look at it */
     double clock_lag_ms;         /* by how much pauses have put the guest's clock back, since the start */
     double clock_corrected_ms;   /* of it made up for */
+    const char *transport;       /* of the checkpoints: "tcp" | "rdma"; "" not connected */
+    uint64_t registered_bytes;   /* for RDMA, now */
     bool stretched;              /* epochs are longer than wanted: link or backup slower than the guest writes */
     unsigned failovers;          /* of this VM, as far as known here */
     uint64_t last_failover_ms;   /* wall clock; 0 never */

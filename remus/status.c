@@ -4,6 +4,7 @@
  * The primary's numbers are gathered here, at most ten times a second, in the engine thread and never
  * in a pause. The JSON is the same for both sides.
  */
+#include "netproto/rdma.h"
 #include "remus/protect_internal.h"
 #include "core/json.h"
 
@@ -151,6 +152,8 @@ void lb_prot_report(struct prot *p, bool force)
     p->st.held_bytes = out.held_bytes;
     p->st.clock_lag_ms = (double)p->lag_ns / 1e6;
     p->st.clock_corrected_ms = (double)p->corrected_ns / 1e6;
+    p->st.transport = p->bulk ? lb_bulk_transport(p->bulk)->ops->name : "";
+    lb_rdma_registered(&p->st.registered_bytes, &(uint64_t){0});
     p->st.failovers = p->wish.failovers;
     p->st.last_failover_ms = p->wish.last_failover_ms;
     p->st.last_failover_took_ms = p->wish.last_failover_took_ms;
@@ -209,6 +212,8 @@ char *lb_protect_status_json(const struct lb_protect_status *s)
     put_text(o, "witness", s->witness);
     put_real(o, "clock_lag_ms", s->clock_lag_ms);
     put_real(o, "clock_corrected_ms", s->clock_corrected_ms);
+    put_text(o, "transport", s->transport ? s->transport : "");
+    put_u64(o, "registered_bytes", s->registered_bytes);
     put_bool(o, "stretched", s->stretched);
     put_u64(o, "failovers", s->failovers);
     put_u64(o, "last_failover_ms", s->last_failover_ms);

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Independent reader of a bulk connection, written from netproto/STREAM.md alone.
 
-stream_reader.py --secret HEX --session HEX [--checkpoint] I2R.bin R2I.bin
+stream_reader.py --secret HEX --session HEX [--checkpoint | --zero-copy] I2R.bin R2I.bin
 
 I2R.bin holds what the initiator sent (from hello on, without the preamble), R2I.bin what the responder sent. Checks
 the key agreement and, in plaintext mode (cipher 0), every octet of every record. Prints a summary; exit 1 on the first
@@ -19,7 +19,8 @@ P1, P2, P3, P4, P5 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
                       0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
 PAGE = 4096
 MAX_BLOB = 67108864
-NAMES = {1: "PAGES", 2: "ZERO", 3: "ROUND_END", 4: "STATE", 5: "END", 6: "DELTA", 7: "DISK", 8: "FRAMES", 9: "EPOCH_END"}
+NAMES = {1: "PAGES", 2: "ZERO", 3: "ROUND_END", 4: "STATE", 5: "END", 6: "DELTA", 7: "DISK", 8: "FRAMES", 9: "EPOCH_END",
+         10: "WRITTEN", 11: "ASK", 12: "GRANT"}
 ROUNDS, CHECKPOINTS = (1, 2, 3, 4, 5), (1, 2, 4, 5, 6, 7, 8, 9)
 
 
@@ -190,7 +191,28 @@ def checkpoint_record(what, rtype, block, codec, n_runs, n_pages, payload):
         operations(what, payload)
 
 
-def record(pieces, index, totals, epochs):
+class ZeroCopy:
+    """Section 8: the questions, and the answers that come back."""
+
+    def __init__(self, r2i):
+        self.answers, self.asked = Pieces(r2i), []
+
+    def take(self, what, rtype, block, table, n_pages, payload):
+        if rtype == 10:
+            check(1 <= n_pages <= 256 and len(payload) == 8 * n_pages, what + "pages or payload size")
+            return
+        check(len(table) == 8 and 1 <= n_pages <= 4096, what + "runs or pages")
+        check(struct.unpack("<I", table[:4])[0] % 4096 == 0, what + "first page")
+        check(len(payload) == (4 if rtype == 11 else 16), what + "payload size")
+        if rtype == 11:
+            check(struct.unpack("<I", payload)[0] < 16, what + "slot")
+            self.asked.append((block, table))
+        else:
+            check(self.asked and self.asked.pop(0) == (block, table), what + "not what was asked")
+            check(struct.unpack("<I", payload[12:])[0] in (0, 1), what + "granted")
+
+
+def record(pieces, index, totals, epochs, direct, allowed):
     h = pieces.take(32)
     (rtype, flags, codec, z1, block, rnd, n_runs, n_pages, n_bytes, z2) = struct.unpack("<HHB3sIIIIII", h)
     what = "%s record at octet %d: " % (NAMES.get(rtype, rtype), pieces.stream.at - 48)
@@ -200,10 +222,10 @@ def record(pieces, index, totals, epochs):
     known = rtype in NAMES
     check(known or flags & 1, what + "unknown type")
     check(not known or flags == 0, what + "marked optional")
-    check(not known or rtype in (CHECKPOINTS if epochs else ROUNDS), what + "on a connection of the other kind")
+    check(not known or rtype in allowed, what + "on a connection of the other kind")
     if known and rtype in (1, 2):
         check(n_runs >= 1, what + "no runs")
-    elif known and (rtype == 5 or not epochs):
+    elif known and rtype < 10 and (rtype == 5 or not epochs):
         check(n_runs == n_pages == block == codec == 0, what + "fields set")
         check((n_bytes > 0) == (rtype == 4), what + "payload")
         check(rtype != 4 or index == 0, what + "not on connection 0")
@@ -223,6 +245,9 @@ def record(pieces, index, totals, epochs):
     if epochs and known:
         checkpoint_record(what, rtype, block, codec, n_runs, n_pages, payload)
         epochs.take(what, rtype, rnd, block, codec, struct.iter_unpack("<II", table), payload)
+    if known and rtype >= 10:
+        check(codec == 0 and n_runs >= 1, what + "codec or runs")
+        direct.take(what, rtype, block, table, n_pages, payload)
     if rtype == 1 and codec == 1:
         check(zstd_content_size(payload) == n_pages * PAGE, what + "zstd content size")
     t = totals.setdefault(NAMES.get(rtype, "optional"), [0, 0, 0])
@@ -238,11 +263,16 @@ def read(args):
     i2r = Stream(open(args.i2r, "rb").read(), args.i2r)
     r2i = Stream(open(args.r2i, "rb").read(), args.r2i)
     index = key_agreement(i2r, r2i, bytes.fromhex(args.secret), bytes.fromhex(args.session))
-    check(r2i.at == len(r2i.data), "the responder sent more than its answer")
+    check(args.zero_copy or r2i.at == len(r2i.data), "the responder sent more than its answer")
     pieces, totals, epochs = Pieces(i2r), {}, Epochs() if args.checkpoint else None
-    while record(pieces, index, totals, epochs) != 5:
+    direct = ZeroCopy(r2i) if args.zero_copy else None
+    allowed = CHECKPOINTS if epochs else ROUNDS + (10, 11) if direct else ROUNDS
+    while record(pieces, index, totals, epochs, direct, allowed) != 5:
         if epochs and i2r.at == len(i2r.data) and not epochs.begun:
             break
+    while direct and r2i.at < len(r2i.data):
+        record(direct.answers, index, totals, None, direct, (12,))
+    check(not direct or not direct.asked, "a question without an answer")
     if epochs:
         print("%d epochs" % (epochs.next - 1))
     check(i2r.at == len(i2r.data), "%d octets after END" % (len(i2r.data) - i2r.at))
@@ -258,6 +288,7 @@ def main():
     p.add_argument("--secret", required=True)
     p.add_argument("--session", required=True)
     p.add_argument("--checkpoint", action="store_true")
+    p.add_argument("--zero-copy", action="store_true")
     p.add_argument("i2r")
     p.add_argument("r2i")
     try:

@@ -340,7 +340,8 @@ static void write_file(const char *path, const void *data, size_t len)
     assert_int_equal(fclose(f), 0);
 }
 
-static int run_reader(const char *dir, const uint8_t *i2r, size_t len, char *out, size_t out_size)
+static int run_reader(const char *dir, const char *kind, const uint8_t *i2r, size_t len, char *out,
+                      size_t out_size)
 {
     struct lb_bulk_keys k = keys_of(LB_CIPHER_NONE);
     char secret[65], session[33], cmd[1024], path[256];
@@ -349,8 +350,8 @@ static int run_reader(const char *dir, const uint8_t *i2r, size_t len, char *out
     snprintf(path, sizeof(path), "%s/i2r", dir);
     write_file(path, i2r, len);
     snprintf(cmd, sizeof(cmd),
-             "/usr/bin/python3 tests/reader/stream_reader.py --secret %s --session %s %s/i2r %s/r2i 2>&1",
-             secret, session, dir, dir);
+             "/usr/bin/python3 tests/reader/stream_reader.py %s --secret %s --session %s %s/i2r %s/r2i 2>&1",
+             kind, secret, session, dir, dir);
     FILE *p = popen(cmd, "r");
     assert_non_null(p);
     out[fread(out, 1, out_size - 1, p)] = 0;
@@ -383,7 +384,7 @@ static void independent_reader(void **state)
     snprintf(path, sizeof(path), "%s/r2i", dir);
     write_file(path, to_i.buf, to_i.len);
 
-    int rc = run_reader(dir, to_r.buf, to_r.len, out, sizeof(out));
+    int rc = run_reader(dir, "", to_r.buf, to_r.len, out, sizeof(out));
     print_message("%s", out);
     assert_int_equal(rc, 0);
     assert_non_null(strstr(out, "PAGES: 3 records, 299 pages"));
@@ -395,11 +396,11 @@ static void independent_reader(void **state)
     for (size_t n = 0; n <= LB_ARRAY_LEN(places); n++) {
         size_t place = n < LB_ARRAY_LEN(places) ? places[n] : to_r.len - 1;
         to_r.buf[place] ^= 4;
-        assert_int_not_equal(run_reader(dir, to_r.buf, to_r.len, out, sizeof(out)), 0);
+        assert_int_not_equal(run_reader(dir, "", to_r.buf, to_r.len, out, sizeof(out)), 0);
         assert_non_null(strstr(out, "not valid: "));
         to_r.buf[place] ^= 4;
     }
-    assert_int_not_equal(run_reader(dir, to_r.buf, to_r.len - 48, out, sizeof(out)), 0);
+    assert_int_not_equal(run_reader(dir, "", to_r.buf, to_r.len - 48, out, sizeof(out)), 0);
     assert_non_null(strstr(out, "not valid: "));
     lb_bulk_close(i.b);
     lb_bulk_close(r.b);
@@ -408,6 +409,107 @@ static void independent_reader(void **state)
     free(to_i.buf);
     free(text);
     free(random);
+}
+
+/* ------------------------------------------------------------------- zero copy */
+
+/* Question, answer, pages that are there: as the independent reader sees it, too. */
+static void direct_records(void **state)
+{
+    (void)state;
+    struct opening i = {.keys = keys_of(LB_CIPHER_NONE)}, r = i;
+    struct tap to_r = {.base.ops = &TAP_OPS, .cap = 1u << 20}, to_i = to_r;
+    static const struct lb_page_run chunk = {0, 4096}, runs[] = {{1, 2}, {5, 1}};
+    static const uint64_t pages[] = {4096};
+    uint8_t ask[4] = {1}, grant[16] = {9, [12] = 1}, sums[24] = {1, 2, 3}, got[LB_REC_MAX_DIRECT_BYTES];
+    char dir[] = "/tmp/lb-reader-XXXXXX", path[256], out[4096];
+    struct lb_record rec;
+
+    to_r.buf = malloc(to_r.cap);
+    to_i.buf = malloc(to_i.cap);
+    assert_int_equal(lb_memory_pair(&to_r.inner, &to_i.inner, NULL), 0);
+    i.t = &to_r.base;
+    r.t = &to_i.base;
+    join(&i, &r);
+    assert_int_equal(i.rc | r.rc, 0);
+    assert_int_equal(lb_bulk_set_blocks(i.b, pages, 1, NULL) | lb_bulk_set_blocks(r.b, pages, 1, NULL), 0);
+    lb_bulk_set_direct(i.b, LB_DIRECT_SOURCE);
+    lb_bulk_set_direct(r.b, LB_DIRECT_DEST);
+    assert_int_equal(lb_bulk_send_direct(i.b, LB_REC_ASK, 0, 0, &chunk, 1, ask, sizeof(ask), NULL), 0);
+    assert_int_equal(lb_bulk_recv(r.b, &rec, 0, NULL), 0);
+    assert_int_equal(rec.type, LB_REC_ASK);
+    assert_int_equal(rec.n_pages, 4096);
+    assert_int_equal(lb_bulk_recv_direct(r.b, &rec, got, NULL), 0);
+    assert_memory_equal(got, ask, sizeof(ask));
+    assert_int_equal(lb_bulk_send_direct(r.b, LB_REC_GRANT, 0, 0, &chunk, 1, grant, sizeof(grant), NULL), 0);
+    assert_int_equal(lb_bulk_recv(i.b, &rec, 0, NULL), 0);
+    assert_int_equal(rec.type, LB_REC_GRANT);
+    assert_int_equal(lb_bulk_recv_direct(i.b, &rec, got, NULL), 0);
+    assert_memory_equal(got, grant, sizeof(grant));
+    assert_int_equal(lb_bulk_send_direct(i.b, LB_REC_WRITTEN, 3, 0, runs, 2, sums, sizeof(sums), NULL), 0);
+    assert_int_equal(lb_bulk_send_mark(i.b, LB_REC_END, 3, NULL, 0, NULL), 0);
+    assert_int_equal(lb_bulk_recv(r.b, &rec, 0, NULL), 0);
+    assert_int_equal(rec.type, LB_REC_WRITTEN);
+    assert_int_equal(rec.n_pages, 3);
+    assert_int_equal(lb_bulk_recv_direct(r.b, &rec, got, NULL), 0);
+    assert_memory_equal(got, sums, sizeof(sums));
+
+    assert_non_null(mkdtemp(dir));
+    snprintf(path, sizeof(path), "%s/r2i", dir);
+    write_file(path, to_i.buf, to_i.len);
+    assert_int_equal(run_reader(dir, "--zero-copy", to_r.buf, to_r.len, out, sizeof(out)), 0);
+    assert_non_null(strstr(out, "WRITTEN: 1 records, 3 pages, 24 payload"));
+    assert_non_null(strstr(out, "ASK: 1 records"));
+    assert_non_null(strstr(out, "GRANT: 1 records"));
+    assert_int_not_equal(run_reader(dir, "", to_r.buf, to_r.len, out, sizeof(out)), 0);
+    write_file(path, to_i.buf, LB_BULK_ANSWER_BYTES);
+    assert_int_not_equal(run_reader(dir, "--zero-copy", to_r.buf, to_r.len, out, sizeof(out)), 0);
+    assert_non_null(strstr(out, "without an answer"));
+    lb_bulk_close(i.b);
+    lb_bulk_close(r.b);
+    assert_int_equal(lb_remove_tree(dir, NULL), 0);
+    free(to_r.buf);
+    free(to_i.buf);
+}
+
+/* What of them is refused: where they do not belong, and what does not fit together. */
+static void direct_limits(void **state)
+{
+    (void)state;
+    static const uint64_t pages[] = {10000};
+    static const struct {
+        enum lb_direct_side side;
+        struct lb_rec_header h;
+        int rc;
+    } v[] = {
+        {LB_DIRECT_DEST, {.type = LB_REC_WRITTEN, .n_runs = 1, .n_pages = 256, .payload_bytes = 2048}, 0},
+        {LB_DIRECT_DEST, {.type = LB_REC_WRITTEN, .n_runs = 1, .n_pages = 257, .payload_bytes = 2056}, -1},
+        {LB_DIRECT_DEST, {.type = LB_REC_WRITTEN, .n_runs = 1, .n_pages = 2, .payload_bytes = 8}, -1},
+        {LB_DIRECT_DEST, {.type = LB_REC_WRITTEN, .n_runs = 0, .n_pages = 0, .payload_bytes = 0}, -1},
+        {LB_DIRECT_DEST, {.type = LB_REC_WRITTEN, .codec = 1, .n_runs = 1, .n_pages = 1, .payload_bytes = 8}, -1},
+        {LB_DIRECT_DEST, {.type = LB_REC_WRITTEN, .block_id = 1, .n_runs = 1, .n_pages = 1, .payload_bytes = 8}, -1},
+        {LB_DIRECT_DEST, {.type = LB_REC_ASK, .n_runs = 1, .n_pages = 4096, .payload_bytes = 4}, 0},
+        {LB_DIRECT_DEST, {.type = LB_REC_ASK, .n_runs = 1, .n_pages = 4097, .payload_bytes = 4}, -1},
+        {LB_DIRECT_DEST, {.type = LB_REC_ASK, .n_runs = 2, .n_pages = 4096, .payload_bytes = 4}, -1},
+        {LB_DIRECT_DEST, {.type = LB_REC_ASK, .n_runs = 1, .n_pages = 4096, .payload_bytes = 8}, -1},
+        {LB_DIRECT_DEST, {.type = LB_REC_GRANT, .n_runs = 1, .n_pages = 1, .payload_bytes = 16}, -1},
+        {LB_DIRECT_SOURCE, {.type = LB_REC_GRANT, .n_runs = 1, .n_pages = 1, .payload_bytes = 16}, 0},
+        {LB_DIRECT_SOURCE, {.type = LB_REC_GRANT, .n_runs = 1, .n_pages = 1, .payload_bytes = 12}, -1},
+        {LB_DIRECT_SOURCE, {.type = LB_REC_ASK, .n_runs = 1, .n_pages = 1, .payload_bytes = 4}, -1},
+        {LB_DIRECT_SOURCE, {.type = LB_REC_ZERO, .n_runs = 1, .n_pages = 1}, -1},
+        {LB_DIRECT_NONE, {.type = LB_REC_WRITTEN, .n_runs = 1, .n_pages = 1, .payload_bytes = 8}, -1},
+        {LB_DIRECT_NONE, {.type = LB_REC_ASK, .n_runs = 1, .n_pages = 1, .payload_bytes = 4}, -1},
+        {LB_DIRECT_NONE, {.type = LB_REC_GRANT, .n_runs = 1, .n_pages = 1, .payload_bytes = 16}, -1},
+    };
+    for (size_t i = 0; i < LB_ARRAY_LEN(v); i++) {
+        struct lb_rec_limits l = {.n_pages_of_block = pages, .n_blocks = 1, .direct = v[i].side};
+        uint8_t bytes[LB_REC_HEADER_BYTES];
+        struct lb_rec_header h;
+
+        lb_rec_write_header(bytes, &v[i].h);
+        if (lb_rec_parse_header(bytes, &l, &h, NULL) != v[i].rc)
+            fail_msg("case %zu: not %d", i, v[i].rc);
+    }
 }
 
 /* Hello, answer and confirmation: damage of every bit, the end at every byte. */
@@ -1062,6 +1164,8 @@ int main(void)
         cmocka_unit_test(wrong_keys),
         cmocka_unit_test(replayed_connection),
         cmocka_unit_test(independent_reader),
+        cmocka_unit_test(direct_records),
+        cmocka_unit_test(direct_limits),
         cmocka_unit_test(damaged_greeting),
         cmocka_unit_test(damaged_records),
         cmocka_unit_test(impossible_headers),
