@@ -57,8 +57,8 @@ void lb_evac_do_tell(struct daemon *d, const struct lb_evac_order *o);
 void lb_evac_work_over(struct session *s);
 /* VMs that were started here meanwhile leave as well. */
 void lb_evac_find_others(struct daemon *d);
-/* Of an earlier supervisor, ready to leave, and in no list of ours: nobody would ever tell it to go. */
-void lb_evac_cancel_strays(struct daemon *d);
+/* Sessions of an earlier supervisor that are ready to leave: taken up, or cancelled. */
+void lb_evac_take_up_strays(struct daemon *d);
 
 /* ---- maintenance.c */
 bool lb_maintenance_is_on(struct daemon *d);

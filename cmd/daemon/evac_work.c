@@ -381,14 +381,29 @@ void lb_evac_find_others(struct daemon *d)
     }
 }
 
-/* Of an earlier supervisor, ready to leave, and in no list of ours: nobody would ever tell it to go. */
-void lb_evac_cancel_strays(struct daemon *d)
+/* It waits for a go, and no item is at work with it. Either an earlier supervisor began it after it had last written the
+ * file: then it is taken up. Or nobody will ever give it one. */
+static void take_up(struct session *s)
+{
+    struct evacuation *v = s->d->evacuation;
+    struct lb_evac_item *it = v && lb_evac_runs(v) ? lb_evac_mover(v->e, s->vm) : NULL;
+
+    if (it && it->kind == LB_EVAC_COPY && (it->state == LB_EVAC_WAITS || it->state == LB_EVAC_FAILED)) {
+        lb_evac_found(v->e, it, s->peer, lb_evac_now_ms());
+        take_progress(s->d, it, s);
+        return;
+    }
+    lb_log(LB_LOG_WARN, "vm=%s is ready to leave, but no evacuation wants it to: it stays", s->vm);
+    lb_session_order_cancel(s, NULL);
+}
+
+void lb_evac_take_up_strays(struct daemon *d)
 {
     struct session *s;
 
     LIST_FOREACH (s, &d->sessions, link)
         if (is(s, "out") && !strcmp(s->state, "ready") && !lb_evac_active(d->evacuation->e, s->vm))
-            lb_session_order_cancel(s, NULL);
+            take_up(s);
 }
 
 /* ------------------------------------------------------------- from sessions.c, about sessions */
@@ -399,17 +414,6 @@ static struct lb_evac_item *item_of(struct session *s)
     struct lb_evac_item *it = v && lb_evac_runs(v) ? lb_evac_active(v->e, s->vm) : NULL;
 
     return it && works_for(s, it) ? it : NULL;
-}
-
-/* It waits for a go that nobody will give. */
-static void cancel_orphan(struct session *s)
-{
-    struct evacuation *v = s->d->evacuation;
-
-    if (v && lb_evac_runs(v) && lb_now_ns() < v->quiet_until_ns)
-        return;
-    lb_log(LB_LOG_WARN, "vm=%s is ready to leave, but no evacuation is under way: it stays", s->vm);
-    lb_session_order_cancel(s, NULL);
 }
 
 void lb_evac_heard(struct session *s, const char *kind, const char *text)
@@ -427,8 +431,8 @@ void lb_evac_heard(struct session *s, const char *kind, const char *text)
     if (strcmp(kind, "progress"))
         return;
     if (!it) {
-        if (is(s, "out") && !strcmp(s->state, "ready"))
-            cancel_orphan(s);
+        if (is(s, "out") && !strcmp(s->state, "ready") && !(v && lb_now_ns() < v->quiet_until_ns))
+            take_up(s);
         return;
     }
     before = it->state;

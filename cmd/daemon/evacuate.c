@@ -216,7 +216,7 @@ static void step(struct daemon *d)
     if (!lb_evac_runs(v) || lb_now_ns() < v->quiet_until_ns)
         return;
     if (v->quiet_until_ns)
-        lb_evac_cancel_strays(d);
+        lb_evac_take_up_strays(d);
     v->quiet_until_ns = 0;
     for (unsigned i = 0; i < v->e->n_items; i++)
         if (v->e->items[i].unsettled)
