@@ -176,6 +176,10 @@ static int allow_migrate(const struct facts *f, const Lb__RpcMigrate *r, struct 
 
     if (r->host[0] && strcmp(r->host, f->peer))
         return refuse(f, "a migration to another host", err);
+    if (other_side(f, LB_VM_STANDBY)) {
+        lb_fail(err, LB_E_STATE, "VM %s runs on host %s, which asks for it", out->vm, f->peer);
+        return lb_remedy(err, "`lifeboat status %s` there shows it", out->vm);
+    }
     if (f->e.state == LB_VM_STANDBY && came_by(f)) {
         snprintf(out->moved_on, sizeof(out->moved_on), "%s", f->e.peer);
         return runs_there(f, err);

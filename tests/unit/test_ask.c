@@ -180,6 +180,7 @@ static void test_migrate(void **s)
     assert_string_equal(asked.moved_on, "c");
     assert_int_equal(ask_migrate("b", key_b, "", false), LB_E_AUTH);
     assert_string_equal(asked.moved_on, "");
+    assert_int_equal(ask_migrate("c", key_c, "", false), LB_E_STATE); /* it has it */
     have(LB_VM_SUSPENDED, "", key_a, NULL);
     assert_int_equal(ask_migrate("a", key_a, "", false), LB_E_AUTH);
 }

@@ -91,7 +91,7 @@ eventually() { # eventually NAME COMMAND...
 }
 
 # ---- without a daemon
-commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host suspend resume checkpoint restore clone plan evacuate maintenance"
+commands="run adopt release ls status show stop migrate preflight cancel recover history protect unprotect failover top host suspend resume checkpoint restore clone plan evacuate maintenance ask"
 run "--help" 0 --help
 for c in $commands; do [[ $out == *"  $c "* ]] || point "--help lists $c" 1 "$out"; done
 run "--version" 0 --version
@@ -540,8 +540,18 @@ else
     json_has "o['state'] == 'standby' and o['session']['role'] == 'backup' and o['protect']['role'] == 'backup' and o['protect']['host'] == 'a'"
     b "top of the backup" 0 top
     out_has "backup"
-    failure "migrate of a protected VM" 5 state migrate vm b
-    err_has "unprotect vm"
+    a "preflight of a protected VM to its backup" 0 preflight vm b --json
+    json_has "o['ok'] is True and [c['id'] for c in o['checks']] == ['protection']"
+    failure "migrate of a protected VM to an unknown host" 3 not-found migrate vm nowhere
+    a "asking its backup" 0 ask b status vm --json
+    json_has "o['state'] == 'standby'"
+    a "asking its backup, for people" 0 ask b status vm
+    out_has "standby"
+    failure "asking its backup for what runs here" 5 state ask b migrate vm
+    failure "asking its backup for another one" 8 auth ask b protect vm --backup c
+    failure "asking an unknown host" 3 not-found ask nowhere status vm
+    failure "asking for the impossible" 2 usage ask b stop vm
+    failure "asking for a backup without a name" 2 usage ask b protect vm
     failure "release of a protected VM" 5 state release vm
     failure "cancel of a protected VM" 5 state cancel vm
     failure "failover on the primary" 5 state failover vm
