@@ -550,8 +550,8 @@ else
     failure "asking its backup for what runs here" 5 state ask b migrate vm
     failure "asking its backup for another one" 8 auth ask b protect vm --backup c
     failure "asking an unknown host" 3 not-found ask nowhere status vm
-    failure "asking for the impossible" 2 usage ask b stop vm
-    failure "asking for a backup without a name" 2 usage ask b protect vm
+    a "asking for the impossible" 2 ask b stop vm
+    a "asking for a backup without a name" 2 ask b protect vm
     failure "release of a protected VM" 5 state release vm
     failure "cancel of a protected VM" 5 state cancel vm
     failure "failover on the primary" 5 state failover vm
