@@ -76,6 +76,41 @@ class Scene:
         return sorted(self.port.da.vms())
 
 
+# ---- who is asked notices what is wrong
+
+
+def part_witnesses(scene):
+    """The same VM twice, and a damaged page: the parts below rely on its being seen."""
+    t, port = scene.t, scene.port
+    copies = [host.popen(port.tiny_argv(host, "twin")) for host in (port.a, port.b)]
+    port.watch("twin")
+    wait_for(lambda: port.consoles["twin"].problems, 20, "the twins being noticed on their console")
+    wait_for(lambda: port.census.overlaps(), 20, "the twins being noticed in the census")
+    copies[1].kill()
+    copies[1].wait()
+    port.forget_all()
+    name = port.run_tiny("a", "hurt")
+    port.wait_all()
+    t.equal((port.misplaced("a"), port.damaged()), ([], []), "a VM that is well")
+    with open("/proc/%d/mem" % port.census.of(name)[-1].pid, "r+b", buffering=0) as memory:
+        memory.seek(guest_memory(memory.name) + (8 << 20) + 2048)
+        memory.write(b"hurt")
+    wrong = port.damaged()
+    t.ok(any("checksum" in line for line in wrong), "a page that is damaged is found and named", wrong)
+    copies[0].kill()
+    copies[0].wait()
+
+
+def guest_memory(path):
+    """Where a process has its guest's 16 MB."""
+    with open(os.path.join(os.path.dirname(path), "maps")) as f:
+        for line in f:
+            first, last = (int(word, 16) for word in line.split()[0].split("-"))
+            if last - first == 16 << 20:
+                return first
+    raise RigError("no memory of a guest in " + path)
+
+
 # ---- all goes well
 
 
@@ -294,8 +329,8 @@ def part_storm(scene):
         scene.empty()
 
 
-PARTS = [part_there_and_back, part_daemon_dies, part_session_dies, part_destination_dies, part_link_down, part_destination_full,
-         part_hot, part_cancelled, part_nowhere_to_go, part_storm]
+PARTS = [part_witnesses, part_there_and_back, part_daemon_dies, part_session_dies, part_destination_dies, part_link_down,
+         part_destination_full, part_hot, part_cancelled, part_nowhere_to_go, part_storm]
 
 
 def main():

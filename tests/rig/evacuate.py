@@ -179,7 +179,7 @@ class Census:
     # -- what it knows
 
     def forget(self):
-        """Everything so far; no VM may be running."""
+        """Everything so far, also what runs now."""
         with self._lock:
             for qemu in self.qemus:
                 if qemu.sock.fileno() in self._selector.get_map():
@@ -380,9 +380,13 @@ class Harbour(Fleet):
             argv += ["-serial", "udp:%s:%d" % (CLIENT_IP, self.beats.port(name))]
         return argv
 
+    def watch(self, name):
+        """From now on what a tiny guest of this name says is read."""
+        self.consoles[name] = Console(os.path.join(self.console_dir, name))
+
     def run_tiny(self, role, name, words="", **options):
         """A tiny guest through `lifeboat run`."""
-        self.consoles[name] = Console(os.path.join(self.console_dir, name))
+        self.watch(name)
         self.daemons[role].cli("run", name, "--", *self.tiny_argv(self.hosts[role], name, words, **options))
         return name
 
@@ -414,6 +418,10 @@ class Harbour(Fleet):
                 else:
                     daemon.cli("stop", name, "--force")
         wait_for(lambda: not any(self.qemus().values()), 20, "QEMU gone", 0.1)
+        self.forget_all()
+
+    def forget_all(self):
+        """What guests said and where they ran, so far."""
         for console in self.consoles.values():
             os.unlink(console.path)
         self.consoles.clear()
