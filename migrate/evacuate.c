@@ -517,6 +517,7 @@ static void done(struct lb_evac *e, struct lb_evac_item *it, uint64_t now)
 
     it->session = it->unsettled = false;
     it->state = LB_EVAC_DONE;
+    it->tries = LB_MAX(it->tries, 1u); /* one that an earlier supervisor began may not be counted */
     it->percent = 100;
     it->throughput = 0;
     it->eta_s = -1;
@@ -823,16 +824,29 @@ static bool next_go(struct lb_evac *e, uint64_t now, struct lb_evac_order *o)
     return false;
 }
 
-/* Is there room for one more of its kind? */
-static bool has_slot(const struct lb_evac *e, const struct lb_evac_item *it)
+/* What is at work, of each kind that has places of its own. */
+struct places {
+    unsigned transfers, kinds[LB_EVAC_RESUME + 1];
+};
+
+static struct places places_of(const struct lb_evac *e)
 {
-    bool transfer = is_transfer(it);
-    unsigned n = 0;
+    struct places p = {0};
 
     for (unsigned i = 0; i < e->n_items; i++)
-        if (at_work(&e->items[i]))
-            n += transfer ? is_transfer(&e->items[i]) : e->items[i].kind == it->kind;
-    return n < (transfer ? e->parallel : it->kind == LB_EVAC_BACKUP ? AT_ONCE_BACKUPS : AT_ONCE_DISK);
+        if (at_work(&e->items[i])) {
+            p.transfers += is_transfer(&e->items[i]);
+            p.kinds[e->items[i].kind]++;
+        }
+    return p;
+}
+
+/* Is there room for one more of its kind? */
+static bool has_place(const struct lb_evac *e, const struct places *p, const struct lb_evac_item *it)
+{
+    if (is_transfer(it))
+        return p->transfers < e->parallel;
+    return p->kinds[it->kind] < (it->kind == LB_EVAC_BACKUP ? AT_ONCE_BACKUPS : AT_ONCE_DISK);
 }
 
 /* A new backup of a VM that moves waits for that; of one that does not leave, none is needed: its old one is
@@ -851,7 +865,7 @@ static bool move_is_over(struct lb_evac *e, struct lb_evac_item *it, uint64_t no
     return true;
 }
 
-static bool is_due(struct lb_evac *e, struct lb_evac_item *it, uint64_t now)
+static bool is_due(struct lb_evac *e, const struct places *p, struct lb_evac_item *it, uint64_t now)
 {
     const struct lb_evac_host *h;
 
@@ -859,10 +873,10 @@ static bool is_due(struct lb_evac *e, struct lb_evac_item *it, uint64_t now)
         return false;
     if (!it->to[0] && it->kind != LB_EVAC_SUSPEND && it->kind != LB_EVAC_RESUME)
         return false;
-    if (!move_is_over(e, it, now))
+    if (!has_place(e, p, it) || !move_is_over(e, it, now))
         return false;
     h = peer_of(e, it);
-    if ((h && now < h->not_before_ms) || !has_slot(e, it) || lb_evac_active(e, it->vm))
+    if ((h && now < h->not_before_ms) || lb_evac_active(e, it->vm))
         return false;
     /* its protection ends before it is copied: it does not wait for a go later */
     return !it->is_protected || it->kind != LB_EVAC_COPY || admits(e, it);
@@ -870,10 +884,12 @@ static bool is_due(struct lb_evac *e, struct lb_evac_item *it, uint64_t now)
 
 static bool next_begin(struct lb_evac *e, uint64_t now, struct lb_evac_order *o)
 {
+    struct places p = places_of(e);
+
     for (unsigned i = 0; i < e->n_items; i++) {
         struct lb_evac_item *it = &e->items[i];
 
-        if (!is_due(e, it, now))
+        if (!is_due(e, &p, it, now))
             continue;
         it->state = LB_EVAC_SETUP;
         it->session = true;

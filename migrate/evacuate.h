@@ -21,7 +21,8 @@
  *   waits for its go: alone on its link, or every share of it at least `margin` times what its guest dirties. Those
  *   that are set up meanwhile count as begun: `parallel` are begun and not done, so that the setup of the next one
  *   overlaps the sending of the last.
- *   A protected VM that is copied: its plan has a backup step after it, which names its new backup.
+ *   A protected VM that is copied: its protection ends first, so it does not wait for a go but begins when it could
+ *   send; its plan has a backup step after it, which names its new backup.
  *
  *   failed with           then
  *   net                   the same host 2, 4, 8 ... s later, and nothing else is begun to it before; planned anew
@@ -56,6 +57,8 @@
  *   result: the last "evacuation" event with "ok": nothing is left
  * state: a word of the drawing above in lower case. elapsed_s: since this try began, of one that has ended what it
  * took. A "plan" in the middle (another "id") is what is left, planned anew.
+ * vms, done, failed, left, active count items: a VM and its new backup are two. eta_s: what is left of the plan, at the pace
+ * seen so far.
  * Result of "plan": the last "plan" event. Of "status" and "cancel" (when it has come to rest): an "evacuation" with all
  * items; phase "none" when there is none; cancel is refused then (LB_E_STATE).
  * `maintenance` on, off, status: {"maintenance":true,"since_ms":,"reason":"","left":[as in maintenance.json]}.
