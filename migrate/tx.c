@@ -421,15 +421,16 @@ static int connect_tcp(struct lb_tx *t, unsigned index, struct lb_bulk **out, st
     return lb_bulk_connect(host, port, &t->keys, index, CONNECT_MS, t->env->cancel_fd, out, err);
 }
 
-/* By the first of the addresses that answers. */
+/* By the first of the addresses that answers; each is tried twice, since a request that is lost is sent again
+ * by the device only after seconds. */
 static int connect_rdma(struct lb_tx *t, unsigned index, struct lb_bulk **out, struct lb_error *err)
 {
     struct lb_transport *link = NULL;
     int rc = -1;
 
-    for (unsigned i = 0; i < t->n_rdma && rc; i++) {
-        rc = lb_rdma_connect(&t->rdma[i], t->keys.session_id, CONNECT_MS, t->env->cancel_fd, &link,
-                             err);
+    for (unsigned i = 0; i < 2 * t->n_rdma && rc; i++) {
+        rc = lb_rdma_connect(&t->rdma[i % t->n_rdma], t->keys.session_id, CONNECT_MS / 2,
+                             t->env->cancel_fd, &link, err);
         if (rc && err && err->code == LB_E_CANCELLED)
             return -1;
     }

@@ -681,6 +681,8 @@ static int fill_options(const Lb__RpcProtect *r, const struct lb_host_config *c,
     if (r->disk > LB_DISK_NONE || r->channels > MAX_CHANNELS)
         return lb_fail(err, LB_E_USAGE, "at most %u channels are possible, and disks are replicated or "
                                         "not", MAX_CHANNELS);
+    if (r->transport > LB_TRANSPORT_RDMA)
+        return lb_fail(err, LB_E_USAGE, "transport %u is not known here", r->transport);
     *o = (struct lb_protect_opts){
         .interval_ms = r->interval_ms ? r->interval_ms : LB_REMUS_INTERVAL_MS,
         .adaptive = r->adaptive,
@@ -691,7 +693,7 @@ static int fill_options(const Lb__RpcProtect *r, const struct lb_host_config *c,
         .delta_cache_bytes = r->delta_cache_bytes,
         .channels = r->channels ? r->channels : c->channels,
         .insecure_plaintext = r->insecure_plaintext,
-        .transport = r->transport <= LB_TRANSPORT_RDMA ? r->transport : LB_TRANSPORT_AUTO,
+        .transport = r->transport,
     };
     snprintf(o->witness, sizeof(o->witness), "%s", witness);
     return 0;

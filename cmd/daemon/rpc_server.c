@@ -321,6 +321,8 @@ static void start_migrate(struct client *c, const Lb__RpcMigrate *r)
     } else if (o->channels > 64 || o->zstd_level > 19 ||
                (o->compress > LB_COMPRESS_ZSTD && o->compress != LB_RPC_COMPRESS_CONFIGURED)) {
         lb_fail(&err, LB_E_USAGE, "at most 64 channels and zstd level 19 are possible");
+    } else if (o->transport > LB_TRANSPORT_RDMA) {
+        lb_fail(&err, LB_E_USAGE, "transport %u is not known here", o->transport);
     }
     if (err.code) {
         lb_client_failure(c, &err, NULL);

@@ -604,8 +604,7 @@ static int fill_options(const Lb__SessionStart *m, struct lb_migrate_opts *o, st
         .insecure_plaintext = r->insecure_plaintext,
         .allow_throttle = !r->no_throttle && c.throttle,
         .wait_go = r->wait_go,
-        .transport = r->transport <= LB_TRANSPORT_RDMA ? (enum lb_transport_wish)r->transport
-                                                       : LB_TRANSPORT_AUTO,
+        .transport = (enum lb_transport_wish)r->transport,
         .trusted_fabric = r->trusted_fabric,
     };
     if (r->compress == LB_RPC_COMPRESS_CONFIGURED) {
