@@ -21,6 +21,7 @@
 
 #include "core/fake/fake.h"
 #include "netproto/desc_proto.h"
+#include "migrate/preflight.h"
 #include "migrate/journal.h"
 #include "migrate/migrate_internal.h"
 #include "netproto/netproto.h"
@@ -120,9 +121,33 @@ static void on_report(const struct lb_progress *p, void *arg)
     }
 }
 
+/* What the layer above does about a wish; none: it does not know what that is. */
+static bool knows_wishes, cannot_keep;
+static char kept_wish[64];
+
+static void check_wish(const char *json, struct lb_report *rep, void *arg)
+{
+    (void)arg;
+    lb_report_add(rep, "protection", LB_CHECK_OK, NULL, "%s", json);
+}
+
+static int keep_wish(const char *vm, const char *json, struct lb_error *err, void *arg)
+{
+    struct host *h = arg;
+    struct lb_vm_entry e;
+
+    assert_return_code(lb_vm_entry_load(h->dir, vm, &e, NULL), 0); /* beside the entry */
+    if (cannot_keep)
+        return lb_fail(err, LB_E_NO_SPACE, "the disk is full");
+    snprintf(kept_wish, sizeof(kept_wish), "%s", json);
+    return 0;
+}
+
 static struct lb_session_env env_of(struct host *h)
 {
-    return (struct lb_session_env){.state_dir = h->dir, .hv = &lb_hv_fake, .identity = &h->id,
+    return (struct lb_session_env){.check_wish = knows_wishes ? check_wish : NULL,
+                                   .keep_wish = knows_wishes ? keep_wish : NULL,
+                                   .state_dir = h->dir, .hv = &lb_hv_fake, .identity = &h->id,
                                    .cancel_fd = -1, .want_conns = want_conns,
                                    .take_conn = take_conn, .arg = h};
 }
@@ -1042,6 +1067,50 @@ static void test_token_reuse(void **state)
     }
 }
 
+/* A VM that is to be protected: the wish is there before it is, or it stays. */
+static void test_wish(void **state)
+{
+    struct lb_migrate_opts o = plain;
+    struct lb_migrate_result res;
+    struct lb_error err = LB_ERROR_INIT;
+    struct lb_vm_entry e, there;
+    uint64_t nonce = nonce_of(boot(&small, &e));
+    char key[LB_KEY_TEXT_BYTES];
+
+    (void)state;
+    o.wish_json = "{\"a\":\"wish\"}";
+    knows_wishes = false;
+    assert_int_equal(migrate(&e, &o, &res, &err), -1);
+    assert_int_equal(err.code, LB_E_PREFLIGHT);
+    assert_non_null(strstr(err.message, "protect"));
+    check_one("small", &A, &B, nonce);
+    knows_wishes = cannot_keep = true;
+    last_percent = 0;
+    assert_int_equal(migrate(&e, &o, &res, &err), -1);
+    check_one("small", &A, &B, nonce);
+    cannot_keep = false;
+    last_percent = 0;
+    snprintf(e.came_by, sizeof(e.came_by), "nonsense");
+    lb_key_format(key, B.id.pub);
+    lb_came_by_add(e.came_by, key);
+    assert_return_code(migrate(&e, &o, &res, &err), 0);
+    check_one("small", &B, &A, nonce);
+    assert_string_equal(kept_wish, o.wish_json);
+    /* and it knows the way it came */
+    assert_return_code(lb_vm_entry_load(B.dir, "small", &there, NULL), 0);
+    assert_true(lb_came_by_has(there.came_by, key));
+    assert_false(lb_came_by_has(there.came_by, "nonsense"));
+    lb_key_format(key, A.id.pub);
+    assert_string_equal(there.came_by + strlen(there.came_by) - strlen(key), key);
+    kept_wish[0] = '\0';
+    clean("small");
+    boot(&small, &e);
+    assert_return_code(migrate(&e, &plain, &res, &err), 0);
+    assert_string_equal(kept_wish, "");
+    clean("small");
+    knows_wishes = false;
+}
+
 int main(void)
 {
 #define T(f) cmocka_unit_test_setup(f, fresh)
@@ -1054,6 +1123,7 @@ int main(void)
         T(test_wire_faults),
         T(test_cancel),
         T(test_wait_go),
+        T(test_wish),
         T(test_no_converge),
         T(test_untrusted),
         T(test_recover),
