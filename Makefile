@@ -166,7 +166,7 @@ check-rdma-run: all $(GUEST) $(RDMA)
 
 demo: deps-demo
 	$(Q)$(MAKE) --no-print-directory demo-run
-demo-run: all tools $(GUEST)
+demo-run: all tools $(GUEST) $(TINY)
 	$(Q)tests/demo/demo.py
 bench-migrate: deps-bench
 	$(Q)$(MAKE) --no-print-directory bench-migrate-run
@@ -221,7 +221,7 @@ clean:
 help:
 	@echo "all            build/lifeboat and build/lifeboatd"
 	@echo "deps-build     (root) install what all needs"
-	@echo "demo           (root) migrate a real VM between hosts in namespaces, protect it, kill its host; a client watches"
+	@echo "demo           (root) migrate a real VM between hosts in namespaces, protect it, kill its host, empty another; a client watches"
 	@echo "check          (root) install what is missing, run every test"
 	@echo "check-unit     unit tests, no root"
 	@echo "check-lint check-fuzz check-integration check-softdirty check-e2e [T=name]   one group"

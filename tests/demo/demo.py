@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""`make demo`: a running virtual machine moves between two hosts, is protected, and outlives the host it runs on.
+"""`make demo`: a running virtual machine moves between two hosts, is protected, outlives the host it runs on, and another that is emptied.
 
 Three hosts, a client and an etcd are network namespaces of this machine. The guest runs Redis. A client uses it over one TCP
 connection, each request only after the answer to the one before, and would notice a lost, doubled or wrong answer.
@@ -7,6 +7,7 @@ connection, each request only after the answer to the one before, and would noti
     act 1   lifeboat migrate: host a -> host b -> host a
     act 2   lifeboat protect on host a; host a is killed; host b goes on with the guest, host c keeps the next copy; host a comes
             back and removes what it still has of the guest
+    act 3   lifeboat evacuate on the host that runs it now, with two small guests more; lifeboat maintenance off --bring-back
 
 Every command is the real one. At the end a table and a plot (report.py), build/demo/throughput.png. Exits with 1 when an answer
 or a write was lost, a connection broke, two copies of the guest were heard, or the guest found a page of its memory changed.
@@ -23,6 +24,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "rig"))
 import report
+from evacuate import TINY, Console
 from lifeboat import CLI, DAEMON
 from protect import Cluster
 from rig import BUILD, CLIENT_IP, GUEST, GUEST_IP, TOOLS, UDP_PORT, GuestCapture, IncrLoad, RedisLoad, RigError, UdpGap, wait_for
@@ -35,7 +37,8 @@ QUIET_S = 2.0                           # before, between and after the migratio
 INCRS_PER_S = 200                       # of the second client, while nothing holds its answers back
 PROTECTED_S = 4.0                       # of protection before the host dies
 SAMPLE_S = 0.1
-STEPS = 9
+SMALL = ("small1", "small2")            # guests that only check themselves
+STEPS = 11
 
 
 class Failed(Exception):
@@ -229,8 +232,61 @@ def host_returns(cluster, backup):
     lifeboat(cluster, "a", "history", NAME)
 
 
+# ---- act 3 ---------------------------------------------------------------------------------------------------------------
+
+
+def run_small(cluster, role, name):
+    """A guest without an operating system that checks its memory; returns what it says."""
+    console = Console(os.path.join(cluster.dir, name + ".console"))
+    cluster.daemons[role].cli("run", name, "--", "qemu-system-x86_64", "-name", name, "-nodefaults", "-display", "none", "-machine", "q35",
+                              "-accel", "tcg,tb-size=1", "-m", "64", "-kernel", TINY, "-append", "rate=1M",
+                              "-serial", "chardev:com1", "-chardev", "file,id=com1,append=on,path=" + console.path)
+
+    def up():
+        console.feed()
+        return console.last
+    wait_for(up, 60, "the first line of " + name, 0.05)
+    return console
+
+
+def hosts_guests(cluster, role):
+    return sorted(name for name, entry in cluster.daemons[role].vms().items() if entry["state"] in ("running", "protected"))
+
+
+def emptied(cluster, counter, role):
+    """The host that runs the guest is emptied, and gets back what it had. Returns how long that took."""
+    step(10, "Host %s needs more memory: it is emptied. Two small guests run there, too" % role)
+    consoles = [run_small(cluster, role, name) for name in SMALL]
+    cluster.wait_protected(NAME, 90)
+    begin = time.time()
+    lifeboat(cluster, role, "evacuate", "--yes")
+    away = time.time()
+    if hosts_guests(cluster, role):
+        raise Failed("host %s still runs %s" % (role, hosts_guests(cluster, role)))
+    via = wait_for(lambda: cluster.primary(NAME), 10, "the guest on another host")
+    # On a machine that is too busy it may have been without a backup in that moment; then it was copied.
+    if cluster.daemons[via].json("history", NAME)["history"][-1]["direction"] == "failover":
+        say("The protected guest was not copied: its backup on host %s has taken over." % via)
+    step(11, "Host %s has it, and gets its guests back" % role)
+    back = time.time()
+    lifeboat(cluster, role, "maintenance", "off", "--bring-back")
+    end = time.time()
+    if hosts_guests(cluster, role) != sorted((NAME, *SMALL)):
+        raise Failed("host %s runs %s\n%s" % (role, hosts_guests(cluster, role), cluster.all_logs()))
+    counter.wait_flowing(40)
+    cluster.wait_protected(NAME, 90)
+    lifeboat(cluster, role, "ls")
+    for console in consoles:
+        console.feed()
+    return {"emptied_s": away - begin, "filled_s": end - back, "stalls": counter.stalls(begin), "via": via,
+            "small": [problem for console in consoles for problem in console.problems]}
+
+
+# ---- both acts under the counting client --------------------------------------------------------------------------------
+
+
 def act_two(cluster, watch):
-    """Protected, killed, taken over, protected again. Returns what report.py needs of it."""
+    """Protected, killed, taken over, protected again; then act three. Returns what report.py needs of them."""
     counter = watch.client(IncrLoad(cluster.client, rate=INCRS_PER_S, stall_ms=50, log=os.path.join(cluster.dir, "answers")))
     counter.wait_flowing()
     begin = time.time()
@@ -239,8 +295,9 @@ def act_two(cluster, watch):
     result.update(host_dies(cluster, watch, counter, result["backup"]))
     host_returns(cluster, result["backup"])
     counter.wait_flowing()
+    result.update(begin=begin, end=time.time(), empty=emptied(cluster, counter, result["backup"]))
     result["client"], result["broken"] = counter.verdict()
-    result.update(begin=begin, end=time.time(), answers=counter.answers())
+    result["answers"] = counter.answers()
     return result
 
 
@@ -249,7 +306,7 @@ def act_two(cluster, watch):
 
 def run(arguments):
     began = time.time()
-    print("A virtual machine moves between hosts while a client is using it, and outlives the death of its host.")
+    print("A virtual machine moves between hosts while a client is using it, and outlives the death of its host and the emptying of another.")
     step(1, "Three hosts a, b, c, a client and an etcd: network namespaces; the link between hosts has %d Mb/s" % arguments.link)
     with Cluster("lbdemo", trust=False) as cluster:
         cluster.shape(arguments.link)
@@ -296,7 +353,7 @@ def main():
     if os.geteuid() != 0:
         sys.exit("demo: network namespaces need root: sudo make demo")
     tools = [os.path.join(TOOLS, tool) for tool in ("udpgap", "redisload", "incr", "guestcap")]
-    missing = [path for path in (CLI, DAEMON, *tools, os.path.join(GUEST, "vmlinuz")) if not os.path.exists(path)]
+    missing = [path for path in (CLI, DAEMON, *tools, os.path.join(GUEST, "vmlinuz"), TINY) if not os.path.exists(path)]
     missing += [tool for tool in ("gnuplot", "qemu-system-x86_64", "etcd", "ip", "tc") if not shutil.which(tool)]
     if missing:
         sys.exit("demo: missing: %s (`sudo make demo` installs and builds everything)" % ", ".join(missing))

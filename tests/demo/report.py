@@ -14,8 +14,9 @@ class DrawError(Exception):
 
 
 def _should_be_heard(protected):
-    """At the start, there, back, after the failover. More turns than these, and two copies sent at a time."""
-    return ["a", "b", "a", protected["backup"]]
+    """At the start, there, back, after the failover, while that host is emptied, back. More turns than these, and two copies sent
+    at a time."""
+    return ["a", "b", "a", protected["backup"], protected["empty"]["via"], protected["backup"]]
 
 
 def wrong(moved, protected, bad_pages, heard):
@@ -29,6 +30,7 @@ def wrong(moved, protected, bad_pages, heard):
     if heard != _should_be_heard(protected):
         found.append("the guest was heard on hosts %s, one after the other; it should be %s"
                      % (" ".join(heard), " ".join(_should_be_heard(protected))))
+    found += ["a small guest: " + what for what in protected["empty"]["small"]]
     if bad_pages:
         found.append("the guest found %d pages of its memory changed" % bad_pages)
     return found
@@ -88,6 +90,13 @@ def print_table(moved, protected, bad_pages, heard):
     _row("death of host a", "")
     _row("  failover, as the client saw it", "%.0f ms" % protected["stall_ms"])
     _row("  protected again after", "%.1f s" % (protected["again"] - protected["died"]))
+    _line()
+    empty = protected["empty"]
+    _row("host %s emptied, three guests" % protected["backup"], "")
+    _row("  gone after / back after", "%.1f / %.1f s" % (empty["emptied_s"], empty["filled_s"]))
+    _row("  longest wait for an answer", "%.0f ms" % max([stall["stall_ms"] for stall in empty["stalls"]], default=0))
+    _line()
+    _row("the client of all that", "")
     _row("  acknowledged INCRs", "%d" % counter["acked"])
     _row("  lost of them", "%d" % counter["forgotten"])
     _row("  TCP connection kept", "yes" if counter["error"] is None else "NO")
