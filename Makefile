@@ -161,7 +161,7 @@ check-san-run: unit integration $(VECTORS)
 # RDMA between two machines: real ones where there is a device, else virtual ones with soft-RoCE
 check-rdma: deps-rdma
 	$(Q)$(MAKE) --no-print-directory check-rdma-run
-check-rdma-run: all $(GUEST) $(RDMA)
+check-rdma-run: all $(O)/tests/integration/test_rdma $(GUEST) $(TINY) $(RDMA)
 	$(Q)$(PROVE) tests/rdma/*.t
 
 demo: deps-demo

@@ -8,7 +8,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from bed import Bed, RigError, wait_for
-from rig import Tap
+from rig import BUILD, Tap
 
 
 def rping(bed, count, size=32768, timeout_s=60):
@@ -32,6 +32,14 @@ def goes(t, bed):
     t.diag("%.1f s with a second of waiting" % took)
     wait_for(lambda: bed.b.call("ended", server) is not None, 20, "rping's server at its end")
     t.equal([node.resources() for node in bed.nodes], rest, "nothing is in use afterwards")
+
+
+def engine(t, bed):
+    """The connections themselves, both ends in one process: a test that is skipped where there is no device."""
+    code, out, err = bed.a.run(os.path.join(BUILD, "tests", "integration", "test_rdma"), check=False, timeout_s=120,
+                               env={"CMOCKA_MESSAGE_OUTPUT": "TAP"})
+    t.ok(code == 0 and "SKIP" not in out and "ok 1" in out, "test_rdma passes there", out + err)
+    t.diag(out)
 
 
 def seen(t, bed):
@@ -76,6 +84,7 @@ def main():
         with Bed() as bed:
             t.diag("%s up after %.1f s" % ("virtual machines" if bed.virtual else "device %s" % bed.a.device, time.monotonic() - begin))
             goes(t, bed)
+            engine(t, bed)
             seen(t, bed)
             falls(t, bed)
 

@@ -110,9 +110,27 @@ class Command:
     def done(self):
         return self.host.node.call("ended", self.pid) is not None
 
-    def wait(self, timeout_s=120):
-        wait_for(self.done, timeout_s, "lifeboat %s at its end" % " ".join(self.argv), 0.1)
+    def wait(self, timeout_s=120, interval_s=0.1):
+        wait_for(self.done, timeout_s, "lifeboat %s at its end" % " ".join(self.argv), interval_s)
         return self.host.node.call("ended", self.pid), self.host.node.call("read", self.out)
+
+    def result(self, **options):
+        """Waits for it to end well; what its last line of JSON says."""
+        code, out = self.wait(**options)
+        if code != 0:
+            raise CliError(self.argv, code, out, "")
+        return json.loads(out.strip().splitlines()[-1])
+
+
+def at_point(host, point, ms, env=None):
+    """Sessions of that host will wait at a point for so long. Returns what waits until one does."""
+    paused = host.node.path("paused")
+    host.node.call("remove", paused)
+    host.restart(dict(env or {}, LIFEBOAT_PAUSE_AT="%s:%d" % (point, ms), LIFEBOAT_PAUSE_FILE=paused))
+
+    def wait(command):
+        wait_for(lambda: host.node.call("read", paused) is not None or command.done(), 120, "the point " + point, 0.1)
+    return wait
 
 
 class Guest:
