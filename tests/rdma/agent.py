@@ -115,19 +115,21 @@ class Agent:
         except OSError:
             return None
 
-    def cpu_s(self, pid=None):
-        """Processor seconds of a process, or of the whole host without what is idle; None when the process is gone."""
-        tick = os.sysconf("SC_CLK_TCK")
-        if pid is None:
-            with open("/proc/stat") as f:
-                user, nice, system, _, _, irq, softirq = [int(v) for v in f.readline().split()[1:8]]
-            return (user + nice + system + irq + softirq) / tick
+    def cpu_s(self):
+        """Processor seconds of the whole host, without what is idle."""
+        with open("/proc/stat") as f:
+            user, nice, system, _, _, irq, softirq = [int(v) for v in f.readline().split()[1:8]]
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+    def cpu_of_s(self, pid, ended_children=False):
+        """Of a process, or of those of its children that have ended; 0 when it is gone."""
         try:
             with open("/proc/%d/stat" % pid) as f:
                 fields = f.read().rsplit(")", 1)[1].split()
         except OSError:
-            return None
-        return (int(fields[11]) + int(fields[12])) / tick
+            return 0.0
+        first = 13 if ended_children else 11
+        return (int(fields[first]) + int(fields[first + 1])) / os.sysconf("SC_CLK_TCK")
 
     def ram(self, pid, size_bytes):
         """One digest for each page of the RAM of a QEMU, hexadecimal, 16 digits each. RAM is the only mapping of exactly
