@@ -29,7 +29,7 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "..", "rig"))
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from agent import Agent
-from rig import BUILD, GUEST, Qmp, RigError, read_tail, wait_for
+from rig import BUILD, GUEST, Qmp, RigError, cpu_seconds, read_tail, wait_for
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 INITRD = os.environ.get("LB_RDMA", os.path.join(BUILD, "rdma")) + "/initrd.img"
@@ -279,6 +279,12 @@ class Bed:
 
     def __exit__(self, *_):
         self.close()
+
+    def cpu_s(self):
+        """Processor seconds of both hosts so far: of the emulators, as a virtual machine does not know what it has really got."""
+        if self.virtual:
+            return sum(cpu_seconds(node.proc.pid) for node in self.nodes)
+        return self.nodes[0].call("cpu_s")
 
     def close(self):
         """Safe to call twice."""
