@@ -124,7 +124,8 @@ struct lb_evac_item {
     /* not on disk. Monotonic ms */
     bool session, unsettled;    /* a session works on it; it has ended, and where the VM is is to be found out */
     bool cancel_asked, changed;
-    uint64_t begun_ms, retry_ms, held_ms, unsettled_ms;
+    uint64_t begun_ms, retry_ms, held_ms;
+    uint64_t unsettled_ms;      /* since when; 0: lb_evac_next has not seen it yet */
     struct lb_error error;      /* of the session that has ended */
 };
 struct lb_evac_host {

@@ -6,6 +6,7 @@
 
 #include <string.h>
 
+#define BEHIND_MS 3000u
 #define PAUSE_MS 3600000u /* a VM that may be paused for its last part: no limit that matters */
 
 static bool is(const struct session *s, const char *role)
@@ -260,6 +261,12 @@ static void leave_dead(struct daemon *d, struct lb_evac_item *it)
     lb_maintenance_forget(d, it);
 }
 
+/* Its session said that all went well, or was gone before we came: what the registry says may be a moment behind. */
+static bool is_old(const struct lb_evac_item *it)
+{
+    return it->unsettled_ms && lb_evac_now_ms() - it->unsettled_ms > BEHIND_MS;
+}
+
 /* What is done with what has no session any more. */
 void lb_evac_settle(struct daemon *d, struct lb_evac_item *it)
 {
@@ -286,7 +293,7 @@ void lb_evac_settle(struct daemon *d, struct lb_evac_item *it)
         lb_evac_gone(e, it, lb_evac_now_ms());
         if (comes_here(it))
             lb_maintenance_forget(d, it);
-    } else {
+    } else if (it->error.code || is_old(it)) {
         lb_evac_settled(e, it, lb_evac_now_ms());
         if (!comes_here(it))
             lb_maintenance_forget(d, it);
