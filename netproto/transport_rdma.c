@@ -42,8 +42,13 @@ static uint8_t *rx_buf(struct lb_rdma_conn *c, unsigned index)
 
 static void lose(struct lb_rdma_conn *c, const struct lb_error *why)
 {
-    if (!c->broken)
+    if (!c->broken) {
         c->why = *why;
+        /* The peer has to learn it: of a device that is being removed the queue pair would still take
+         * what it sends, and it would wait for buffers that nobody reads. */
+        if (c->connected)
+            rdma_disconnect(c->id);
+    }
     c->broken = true;
     pthread_cond_broadcast(&c->cond);
 }
