@@ -57,6 +57,7 @@ def turn(port, vms, mode):
     gaps = [gap * 1e3 for name in names for _, _, gap in port.census.moves(name)]
     beats = [port.beats.longest_gap_ms(name, start, end) for name in names if name in port.beats.arrivals]
     result = {"mode": mode, "ok": code == 0 and bool(last.get("ok")), "time_s": end - start, "elapsed_s": last.get("elapsed_s"),
+              "planned_links": {host["name"]: host["link_bytes_per_s"] for host in plan.get("hosts", ())},
               "planned_s": plan.get("makespan_s"), "planned_parallel": plan.get("parallel"), "planned_bytes": plan.get("bytes"),
               "wire_bytes": wire, "moved": len(gaps), "tries": sum(item.get("tries", 1) for item in last.get("items", ())),
               "wrong": port.misplaced({"b", "c"}) + port.damaged()}
