@@ -156,6 +156,8 @@ class Census:
         self._selector.register(sock, selectors.EVENT_READ, qemu)
 
     def _read(self, qemu):
+        if qemu.sock.fileno() < 0:
+            return  # forgotten meanwhile
         try:
             data = qemu.sock.recv(65536)
         except OSError:
