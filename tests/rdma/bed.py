@@ -201,8 +201,12 @@ class Machine(Node):
         self.qmp.hmp("set_link %s %s" % (link, "off" if on else "on"))
 
     def interface(self, link, up):
-        """As an administrator would: ip link set up or down."""
+        """As an administrator would: ip link set up or down. The device is made anew then: with soft-RoCE of Linux 6.1 no further
+        connection comes about when one was broken off meanwhile."""
         self.run("ip", "link", "set", "eth%d" % LINKS.index(link), "up" if up else "down")
+        if up and link == "fab":
+            self.device_gone(True)
+            self.device_gone(False)
 
     def device_gone(self, on=True):
         """Takes the RDMA device away under those who use it, or makes it again."""
