@@ -56,7 +56,9 @@ def case(t, road, mode, name, delay_s):
         t.ok(False, what, "the migration was over before: %s" % out)
     elif tcp_lives:
         # The kernel may wait with taking a device away until nobody uses it: then all goes over RDMA to its end.
-        t.ok(code == 0 and ('"transport":"rdma+tcp"' in out or "device" in name), what + (": goes on over TCP" if "+tcp" in out else ": goes on"), "%s\n%s" % (out, road.fleet.logs()))
+        over_tcp = '"transport":"rdma+tcp"' in out
+        t.ok(code == 0 and (over_tcp or "device" in name), what + ": goes on" + (" over TCP" if over_tcp else ""),
+             "%s\n%s" % (out, road.fleet.logs()))
     else:
         t.ok(code != 0, what + ": fails", out)
     t.diag("over %.1f s after the fault" % took)
