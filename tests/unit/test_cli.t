@@ -436,6 +436,9 @@ else
     out_has "every 90 min"
     a "no schedule" 0 checkpoint vm --every off
     out_has "no checkpoints by schedule"
+    # the first one was due at once, and may be on its way
+    eventually "nothing is taken any more" sh -c '"$1/lifeboat" --host "$2/a.sock" status vm --json |
+        python3 -c "import json, sys; sys.exit(json.load(sys.stdin)[\"session\"] is not None)"' - "$bin" "$dir"
     a "suspend" 0 suspend vm
     out_has "vm is suspended"
     failure "suspend of a suspended one" 5 state suspend vm
