@@ -8,7 +8,7 @@
 
 #include "migrate/maintenance.h"
 
-#define RETURNS_AT_ONCE 2u
+#define RETURNS_AT_ONCE 4u
 
 bool lb_maintenance_is_on(struct daemon *d)
 {
