@@ -430,7 +430,7 @@ static void test_clones(void **state)
         rss += rss_kib(e.proc.pid);
     }
     print_message("Pss of 3: %llu MiB, Rss %llu MiB\n", pss >> 10, rss >> 10);
-    assert_true(pss < rss * 2 / 3);
+    assert_true(pss < rss * 4 / 5); /* a third of it is QEMU's own, and the guests write on */
     for (unsigned i = 0; i < res.n; i++) {
         other = wait_good(res.names[i]);
         assert_true(other.nonce == t.nonce);

@@ -72,6 +72,18 @@ static struct said wait_passes(const char *log, unsigned passes)
     return now;
 }
 
+/* A file of the guest, where a QEMU of that user can read it: this tree may be in somebody's home. */
+static const char *file_for(struct qemu *q, uid_t uid, const char *name, char path[300])
+{
+    guest_file(name, path);
+    if (!uid)
+        return path;
+    LB_AUTO_FREE char *copy = lb_asprintf("cp %s %s/", path, q->dir);
+    assert_int_equal(system(copy), 0);
+    snprintf(path, 300, "%s/%s", q->dir, name);
+    return path;
+}
+
 static void guest_start(struct qemu *q, const char *machine, unsigned mb_per_s, uid_t uid)
 {
     char args[2000], kernel[300], initrd[300];
@@ -80,7 +92,7 @@ static void guest_start(struct qemu *q, const char *machine, unsigned mb_per_s, 
     snprintf(args, sizeof(args),
              "%s -nodefaults -display none -vga std -chardev file,id=s,path=@D/src.log -serial chardev:s "
              "-kernel %s -initrd %s -append console=ttyS0\tquiet\tlb.dirty=%u:48",
-             machine, guest_file("vmlinuz", kernel), guest_file("initrd.img", initrd), mb_per_s);
+             machine, file_for(q, uid, "vmlinuz", kernel), file_for(q, uid, "initrd.img", initrd), mb_per_s);
     qemu_start_as(q, uid, args);
 }
 

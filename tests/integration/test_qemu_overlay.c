@@ -393,7 +393,7 @@ static void test_refusals(void **state)
     OK(lb_hv_disk_mirror(g.vm, "d0", add, "0", err));
     refused("d0", "copied");
     OK(lb_hv_disk_mirror_end(g.vm, "d0", err));
-    run("kill $(cat %s/nbd.pid)", g.q.dir);
+    run("kill $(cat %s/nbd.pid) || true", g.q.dir); /* it ends by itself when its last client goes */
     /* an operator's job */
     snprintf(add, sizeof(add), "{\"execute\":\"drive-mirror\",\"arguments\":{\"device\":\"d0\",\"job-id\":\"op\","
              "\"sync\":\"full\",\"target\":\"%s/copy\"}}", g.q.dir);
