@@ -383,6 +383,24 @@ int lb_vm_lock(const char *state_dir, const char *name, struct lb_error *err)
     }
 }
 
+int lb_vm_lock_patiently(const char *state_dir, const char *name, unsigned wait_ms,
+                         struct lb_error *err)
+{
+    uint64_t until = lb_now_ns() + (uint64_t)wait_ms * 1000000;
+
+    for (;;) {
+        struct lb_error why = LB_ERROR_INIT;
+        int fd = lb_vm_lock(state_dir, name, &why);
+
+        if (fd >= 0 || why.code != LB_E_STATE || lb_now_ns() > until) {
+            if (fd < 0 && err)
+                *err = why;
+            return fd;
+        }
+        lb_sleep_ms(20);
+    }
+}
+
 bool lb_vm_is_locked(const char *state_dir, const char *name)
 {
     struct flock fl = whole_file();

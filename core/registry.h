@@ -80,6 +80,9 @@ int lb_vm_entry_list(const char *state_dir, struct lb_vm_entry **v, unsigned *n,
 /* Take vms/NAME/lock without waiting; returns an fd that holds it, or -1 with
  * LB_E_STATE "VM NAME is busy: a session works on it" . Freed by close or death. */
 int lb_vm_lock(const char *state_dir, const char *name, struct lb_error *err);
+/* Take the lock of a VM, waiting for a moment: a status query holds it for milliseconds. */
+int lb_vm_lock_patiently(const char *state_dir, const char *name, unsigned wait_ms,
+                         struct lb_error *err);
 bool lb_vm_is_locked(const char *state_dir, const char *name);
 
 #endif

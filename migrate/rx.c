@@ -15,7 +15,7 @@
 #define TABLE_TIMEOUT_NS UINT64_C(60000000000)
 #define CONN_TIMEOUT_NS UINT64_C(15000000000)
 #define SILENT_TIMEOUT_NS UINT64_C(300000000000) /* bulk: the source was stopped, or forgot us */
-#define LOCK_PATIENCE_NS UINT64_C(2000000000)
+#define LOCK_PATIENCE_MS 2000u
 #define TICK_NS UINT64_C(200000000)
 #define REPLACE_TICK_NS UINT64_C(20000000)
 #define MAX_BAD_RUNS 1024u
@@ -123,28 +123,14 @@ void lb_rx_transport(struct lb_rx *r, struct lb_report *rep)
                         &r->transport, rep);
 }
 
-/* A session that has just let the VM go to another host, or removed a standby, may be about to end. */
-static int lock_name(struct lb_rx *r, struct lb_error *err)
-{
-    uint64_t until = lb_now_ns() + LOCK_PATIENCE_NS;
-    struct lb_error busy = LB_ERROR_INIT;
-    int fd;
-
-    while ((fd = lb_vm_lock(r->env->state_dir, r->entry.name, &busy)) < 0 && busy.code == LB_E_STATE &&
-           lb_now_ns() < until)
-        lb_sleep_ms(20);
-    if (fd < 0 && err)
-        *err = busy;
-    return fd;
-}
-
 int lb_rx_decide(struct lb_rx *r, const struct lb_report *rep, bool *proceed, struct lb_error *err)
 {
     bool refused = lb_report_refused(rep);
 
     *proceed = false;
     if (!refused && !r->req->dry_run) {
-        r->vm_lock = lock_name(r, err);
+        /* A session that has just let the VM go to another host, or removed a standby, may be about to end. */
+        r->vm_lock = lb_vm_lock_patiently(r->env->state_dir, r->entry.name, LOCK_PATIENCE_MS, err);
         if (r->vm_lock < 0)
             return -1;
     }

@@ -171,9 +171,6 @@ char *lb_json_dump(json_t *o); /* takes o */
 
 /* ---- ops_vm.c: in a worker; malloc'ed JSON, or NULL and *err */
 char *lb_op_vm(struct daemon *d, const Lb__RpcRequest *r, struct lb_error *err);
-/* Take the lock of a VM, waiting for a moment: a status query holds it for milliseconds. */
-int lb_vm_lock_patiently(const char *state_dir, const char *name, unsigned wait_ms,
-                         struct lb_error *err);
 /* lb_recover_vm with an environment of its own; the caller holds the lock. */
 int lb_recover_here(const char *state_dir, const char *config_path, const char *vm, char text[512],
                     struct lb_error *err);

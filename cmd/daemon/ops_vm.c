@@ -22,24 +22,6 @@
 #define LOCK_WAIT_MS 3000u
 #define RECOVER_LOCK_WAIT_MS 20000u
 
-int lb_vm_lock_patiently(const char *state_dir, const char *name, unsigned wait_ms,
-                         struct lb_error *err)
-{
-    uint64_t until = lb_now_ns() + (uint64_t)wait_ms * 1000000;
-
-    for (;;) {
-        struct lb_error why = LB_ERROR_INIT;
-        int fd = lb_vm_lock(state_dir, name, &why);
-
-        if (fd >= 0 || why.code != LB_E_STATE || lb_now_ns() > until) {
-            if (fd < 0 && err)
-                *err = why;
-            return fd;
-        }
-        lb_sleep_ms(20);
-    }
-}
-
 /* Lock an existing VM and read its entry. */
 static int take(struct daemon *d, const char *name, struct lb_vm_entry *e, struct lb_error *err)
 {
