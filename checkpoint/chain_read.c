@@ -228,8 +228,8 @@ void lb_chain_warm(struct lb_chain *c, const uint64_t *v, uint64_t n, _Atomic bo
     unsigned read = 0;
 
     for (uint64_t i = 0; i < n && read < LB_CHUNK_CACHE && !atomic_load(stop); i++) {
-        uint64_t page = v[i] & ((UINT64_C(1) << 40) - 1);
-        unsigned block = (unsigned)(v[i] >> 40);
+        uint64_t page = lb_key_page(v[i]);
+        unsigned block = lb_key_block(v[i]);
         if (block >= c->n_blocks || page >= c->blocks[block].n_pages || !(c->map[block][page] & LB_ENTRY_STORED))
             continue;
         uint64_t e = c->map[block][page];

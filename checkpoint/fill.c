@@ -138,7 +138,7 @@ static void remember_fault(struct lb_fill *f, unsigned block, uint64_t page)
     atomic_store(&f->last_fault_ns, lb_now_ns());
     pthread_mutex_lock(&f->mu);
     if (atomic_load(&f->learning) && f->n_faults < LB_WS_MAX_PAGES)
-        f->faults[f->n_faults++] = (uint64_t)block << 40 | page;
+        f->faults[f->n_faults++] = lb_page_key(block, page);
     pthread_mutex_unlock(&f->mu);
 }
 
@@ -284,8 +284,8 @@ static bool not_needed(unsigned block, uint64_t page, void *arg)
 static void fill_hot(struct lb_fill *f)
 {
     for (uint64_t i = 0; i < f->n_hot && !atomic_load(&f->quit); i++) {
-        unsigned block = (unsigned)(f->hot[i] >> 40);
-        uint64_t page = f->hot[i] & ((UINT64_C(1) << 40) - 1);
+        unsigned block = lb_key_block(f->hot[i]);
+        uint64_t page = lb_key_page(f->hot[i]);
 
         if (block >= f->mem.n || page >= f->mem.blocks[block].n_pages || !is_main(f, block) ||
             !lb_bitmap_test(&f->mem.populated[block], page) || is_present(f, block, page))
@@ -336,11 +336,11 @@ static void add_touched(struct lb_fill *f, unsigned block, const struct lb_bitma
         return;
     lb_bitmap_or(&left, touched);
     for (uint64_t i = 0; i < n_faults; i++)
-        if (f->faults[i] >> 40 == block)
-            lb_bitmap_clear(&left, f->faults[i] & ((UINT64_C(1) << 40) - 1));
+        if (lb_key_block(f->faults[i]) == block)
+            lb_bitmap_clear(&left, lb_key_page(f->faults[i]));
     for (uint64_t at = 0; f->n_faults < LB_WS_MAX_PAGES && lb_bitmap_next_run(&left, at, 1, &first, &n); at = first + 1)
         if (lb_bitmap_test(&f->mem.populated[block], first))
-            f->faults[f->n_faults++] = (uint64_t)block << 40 | first;
+            f->faults[f->n_faults++] = lb_page_key(block, first);
     lb_bitmap_free(&left);
 }
 

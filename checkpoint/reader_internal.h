@@ -150,20 +150,6 @@ static inline uint64_t lb_entry(unsigned file, uint32_t part, uint32_t slot, boo
 }
 _Static_assert(LB_CF_MAX_DEPTH <= 0xfff && LB_CF_MAX_CHUNK_PAGES <= 0x100, "an entry holds them");
 
-/* A page as one number, ascending as runs are. */
-static inline uint64_t lb_page_key(unsigned block, uint64_t page)
-{
-    return (uint64_t)block << 40 | page;
-}
-static inline unsigned lb_key_block(uint64_t key)
-{
-    return (unsigned)(key >> 40);
-}
-static inline uint64_t lb_key_page(uint64_t key)
-{
-    return key & ((UINT64_C(1) << 40) - 1);
-}
-
 /* What a page stored as a difference differs from: the entry that the index had before this file.
  */
 struct lb_xor_ref {

@@ -35,6 +35,20 @@ struct lb_ckpt_id {
     uint8_t b[LB_CKPT_ID_BYTES];     /* random; all zero: none */
 };
 
+/* A page as one number, ascending as runs are. */
+static inline uint64_t lb_page_key(unsigned block, uint64_t page)
+{
+    return (uint64_t)block << 40 | page;
+}
+static inline unsigned lb_key_block(uint64_t key)
+{
+    return (unsigned)(key >> 40);
+}
+static inline uint64_t lb_key_page(uint64_t key)
+{
+    return key & ((UINT64_C(1) << 40) - 1);
+}
+
 /* A block of guest memory, as in lb_ram_block. Index in the table = id of the block in the file. */
 struct lb_ckpt_block {
     char name[LB_BLOCK_NAME_MAX];
@@ -111,7 +125,7 @@ int lb_ckpt_put(struct lb_ckpt_writer *w, unsigned block, const uint32_t *pages,
 /* Pages that are all zeros: [first, first + n). */
 int lb_ckpt_put_zero(struct lb_ckpt_writer *w, unsigned block, uint64_t first, uint64_t n, struct lb_error *err);
 /* Pages the guest is likely to need first, the likeliest first; stays the caller's. May be called once. */
-int lb_ckpt_put_hot(struct lb_ckpt_writer *w, const uint64_t *block_page /* block << 40 | page */, uint64_t n,
+int lb_ckpt_put_hot(struct lb_ckpt_writer *w, const uint64_t *keys /* lb_page_key */, uint64_t n,
                     struct lb_error *err);
 /* Everything given so far is compressed and, but for the last megabytes, in the file (not yet durable); the stats are
  * final but for what follows. */

@@ -28,11 +28,6 @@
 
 /* ------------------------------------------------------------------------- reading */
 
-static uint64_t hot_page(uint64_t v)
-{
-    return v & ((UINT64_C(1) << 40) - 1);
-}
-
 static bool readable(const struct lb_ram_block *b)
 {
     return b->hva || b->map; /* a ROM may be nowhere to be found; the receiver has its own */
@@ -413,9 +408,9 @@ static void load_learned(struct lb_take *t)
 
     lb_ws_load(path, NULL, &t->learned, &n);
     for (uint64_t i = 0; i < n && kept < LEARNED_MAX; i++) {
-        uint64_t block = t->learned[i] >> 40;
+        unsigned block = lb_key_block(t->learned[i]);
 
-        if (block < t->n_blocks && t->blocks[block].kind == LB_RAM_MAIN && hot_page(t->learned[i]) < t->dirty[block].n_bits)
+        if (block < t->n_blocks && t->blocks[block].kind == LB_RAM_MAIN && lb_key_page(t->learned[i]) < t->dirty[block].n_bits)
             t->learned[kept++] = t->learned[i];
     }
     t->n_learned = kept;
@@ -427,8 +422,8 @@ static int copy_learned(struct lb_take *t, unsigned block, struct lb_error *err)
     int rc = lb_bitmap_init(&set, t->dirty[block].n_bits, err);
 
     for (uint64_t i = 0; !rc && i < t->n_learned; i++)
-        if (t->learned[i] >> 40 == block && lb_bitmap_test(&t->dirty[block], hot_page(t->learned[i])))
-            lb_bitmap_set(&set, hot_page(t->learned[i]));
+        if (lb_key_block(t->learned[i]) == block && lb_bitmap_test(&t->dirty[block], lb_key_page(t->learned[i])))
+            lb_bitmap_set(&set, lb_key_page(t->learned[i]));
     if (!rc)
         rc = copy_block(t, block, &set, NULL, err);
     if (!rc)
@@ -523,7 +518,7 @@ int lb_take_put_hot(struct lb_take *t, struct lb_error *err)
     for (uint64_t i = 0; i < t->n_learned; i++) {
         v[n++] = t->learned[i];
         for (unsigned r = 0; r < LB_TAKE_RECENT && t->recent[r]; r++) /* each page once */
-            lb_bitmap_clear(&t->recent[r][t->learned[i] >> 40], hot_page(t->learned[i]));
+            lb_bitmap_clear(&t->recent[r][lb_key_block(t->learned[i])], lb_key_page(t->learned[i]));
     }
     for (unsigned r = 0; r < LB_TAKE_RECENT && t->recent[r]; r++)
         for (unsigned b = 0; b < t->n_blocks; b++) {
@@ -532,7 +527,7 @@ int lb_take_put_hot(struct lb_take *t, struct lb_error *err)
             for (uint64_t at = 0; n < HOT_MAX && lb_bitmap_next_run(&t->recent[r][b], at, HOT_MAX - n, &first, &count);
                  at = first + count)
                 for (uint64_t p = first; p < first + count; p++)
-                    v[n++] = (uint64_t)b << 40 | p;
+                    v[n++] = lb_page_key(b, p);
             for (unsigned k = r + 1; k < LB_TAKE_RECENT && t->recent[k]; k++)
                 lb_bitmap_andnot(&t->recent[k][b], &t->recent[r][b]);
         }

@@ -269,14 +269,14 @@ int lb_ckpt_put_zero(struct lb_ckpt_writer *w, unsigned block, uint64_t first, u
     return rc;
 }
 
-int lb_ckpt_put_hot(struct lb_ckpt_writer *w, const uint64_t *block_page, uint64_t n, struct lb_error *err)
+int lb_ckpt_put_hot(struct lb_ckpt_writer *w, const uint64_t *keys, uint64_t n, struct lb_error *err)
 {
     assert(!w->hot);
     w->hot = lb_try_alloc((n ? n : 1) * sizeof(*w->hot), err);
     if (!w->hot)
         return -1;
     for (uint64_t i = 0; i < n; i++)
-        w->hot[i] = htole64(block_page[i]);
+        w->hot[i] = htole64(keys[i]);
     w->n_hot = n;
     return 0;
 }
