@@ -38,6 +38,7 @@ enum lb_compress { LB_COMPRESS_AUTO = 0, LB_COMPRESS_OFF, LB_COMPRESS_ZSTD };
 
 struct lb_migrate_opts {
     uint64_t bandwidth_bytes_per_s; /* 0 = no limit */
+    const char *budget_path;        /* the limit is shared by all who name this file (budget.h); NULL: not shared */
     uint32_t max_downtime_ms;       /* longest pause allowed; 0 = LB_DEFAULT_MAX_DOWNTIME_MS */
     uint32_t channels;              /* 0 = auto */
     enum lb_compress compress;

@@ -22,6 +22,7 @@
  */
 #include "migrate/sender.h"
 
+#include "migrate/budget.h"
 #include "migrate/direct.h"
 #include "migrate/tuner.h"
 #include "netproto/rdma.h"
@@ -69,7 +70,6 @@ struct lb_sender {
     const struct lb_ram_block *blocks;
     struct lb_bitmap *dirty;
     unsigned n_blocks, n_workers;
-    uint64_t bandwidth;
     int fixed_level;             /* < 0: tuner */
     struct worker *workers;
     int (*reconnect)(unsigned index, struct lb_bulk **out, struct lb_error *err, void *arg);
@@ -83,7 +83,6 @@ struct lb_sender {
     unsigned busy;
     bool quit, failed;
     struct lb_error error;
-    uint64_t bucket_ns;          /* time until which the limit is used up */
 
     /* set before a generation starts, then read only */
     uint32_t round;
@@ -92,6 +91,7 @@ struct lb_sender {
     uint64_t n_chunks;
     uint64_t *block_chunk0;      /* first chunk number of each block; n_blocks + 1 */
 
+    struct lb_budget budget;     /* atomic */
     _Atomic uint64_t cursor, done_pages, skipped_pages, moved_pages;
     _Atomic uint64_t limited_ns;  /* slept for the bandwidth limit, all workers */
     atomic_bool aborted;
@@ -118,18 +118,9 @@ static void fail(struct lb_sender *s, const struct lb_error *err)
 /* Account for bytes just sent and sleep until the limit allows more. */
 static void limit(struct lb_sender *s, uint64_t bytes)
 {
-    uint64_t until, now, from;
+    /* while the guest stands still no other goes first */
+    uint64_t until = lb_budget_take(&s->budget, bytes, !s->peek), now = lb_now_ns(), from = now;
 
-    if (!s->bandwidth)
-        return;
-    pthread_mutex_lock(&s->mu);
-    now = lb_now_ns();
-    if (s->bucket_ns < now)
-        s->bucket_ns = now;
-    s->bucket_ns += (uint64_t)((double)bytes * 1e9 / (double)s->bandwidth);
-    until = s->bucket_ns;
-    pthread_mutex_unlock(&s->mu);
-    from = now;
     /* 5 ms of credit, so that short sleeps do not cost throughput; in slices, so that a low
      * limit does not hold up a cancel */
     while (until > now + 5000000u && !atomic_load(&s->aborted)) {
@@ -520,7 +511,6 @@ int lb_sender_new(struct lb_hv_vm *vm, const struct lb_ram_block *blocks,
     s->dirty = dirty;
     s->n_blocks = n_blocks;
     s->n_workers = n_conns;
-    s->bandwidth = opts->bandwidth_bytes_per_s;
     s->fixed_level = opts->compress == LB_COMPRESS_OFF    ? 0
                      : opts->compress == LB_COMPRESS_ZSTD ? (opts->zstd_level ? opts->zstd_level
                                                                               : 1)
@@ -535,6 +525,10 @@ int lb_sender_new(struct lb_hv_vm *vm, const struct lb_ram_block *blocks,
     s->block_chunk0 = lb_alloc(sizeof(uint64_t) * (n_blocks + 1));
     number_chunks(s, CHUNK_PAGES);
     s->workers = lb_alloc(sizeof(*s->workers) * n_conns);
+    if (lb_budget_open(&s->budget, opts->bandwidth_bytes_per_s, opts->budget_path, err)) {
+        lb_sender_free(s);
+        return -1;
+    }
     for (unsigned i = 0; i < n_conns; i++) {
         struct worker *w = &s->workers[i];
         int rc;
@@ -783,5 +777,6 @@ void lb_sender_free(struct lb_sender *s)
     pthread_mutex_destroy(&s->mu);
     free(s->workers);
     free(s->block_chunk0);
+    lb_budget_close(&s->budget);
     free(s);
 }

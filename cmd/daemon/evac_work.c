@@ -67,20 +67,11 @@ static void take_progress(struct daemon *d, struct lb_evac_item *it, const struc
 
 /* --------------------------------------------------------------- beginning what is to be done */
 
-/* How many share what may be sent. */
-static unsigned at_once(const struct lb_evac *e)
-{
-    unsigned n = 0;
-
-    for (unsigned i = 0; i < e->n_items; i++)
-        n += e->items[i].kind == LB_EVAC_COPY && e->items[i].state != LB_EVAC_DONE && e->items[i].state != LB_EVAC_LEFT;
-    return LB_MAX(LB_MIN(n, e->parallel), 1u);
-}
-
 static void copy_options(const struct lb_evac *e, const struct lb_evac_item *it, Lb__MigrateOptions *o)
 {
     o->compress = LB_RPC_COMPRESS_CONFIGURED;
-    o->bandwidth_bytes_per_s = e->opts.bandwidth_bytes_per_s / at_once(e);
+    o->bandwidth_bytes_per_s = e->opts.bandwidth_bytes_per_s;
+    o->shared_bandwidth = e->opts.bandwidth_bytes_per_s;
     /* Others on the link may be why it does not converge: it is slowed only when it has been alone. */
     o->no_throttle = !lb_evac_may_throttle(e, it);
     o->max_downtime_ms = lb_evac_may_pause(e, it) ? PAUSE_MS : 0;

@@ -583,7 +583,7 @@ struct lb_session_env lb_sess_env(struct sess *s, const struct lb_identity *id)
 }
 
 /* Values that were not given are the host's. */
-static int fill_options(const Lb__SessionStart *m, struct lb_migrate_opts *o, struct lb_error *err)
+static int fill_options(const Lb__SessionStart *m, const char *budget_path, struct lb_migrate_opts *o, struct lb_error *err)
 {
     static const Lb__MigrateOptions none = LB__MIGRATE_OPTIONS__INIT;
     const Lb__MigrateOptions *r = m->options ? m->options : &none;
@@ -594,6 +594,7 @@ static int fill_options(const Lb__SessionStart *m, struct lb_migrate_opts *o, st
     *o = (struct lb_migrate_opts){
         .bandwidth_bytes_per_s = r->bandwidth_bytes_per_s ? r->bandwidth_bytes_per_s
                                                           : c.bandwidth_bytes_per_s,
+        .budget_path = r->shared_bandwidth ? budget_path : NULL,
         .max_downtime_ms = r->max_downtime_ms ? r->max_downtime_ms : c.max_downtime_ms,
         .channels = r->channels ? r->channels : c.channels,
         .compress = (enum lb_compress)r->compress,
@@ -663,11 +664,11 @@ static int migrate_out(struct sess *s, const struct lb_identity *id, char **json
     struct lb_vm_entry e;
     struct lb_error he = LB_ERROR_INIT;
     uint64_t started = lb_wall_ms();
-    LB_AUTO_FREE char *wish = NULL;
+    LB_AUTO_FREE char *wish = NULL, *budget = lb_asprintf("%s/evacuation.budget", s->start->state_dir);
     int rc;
 
     open_log(s, s->id);
-    if (fill_options(s->start, &opts, err))
+    if (fill_options(s->start, budget, &opts, err))
         return -1;
     LB_AUTO_FD int lock = lb_vm_lock_patiently(env.state_dir, s->vm, LOCK_WAIT_MS, err);
     if (lock < 0) {
