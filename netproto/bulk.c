@@ -143,7 +143,7 @@ static int greet_initiator(struct lb_bulk *b, const struct lb_bulk_keys *k, uint
     randombytes_buf(hello + 16, 32);
     hello_mac(hello + 48, k, hello);
     if (put(b, hello, sizeof(hello), deadline_ns, err) < 0 ||
-        b->t->ops->read(b->t, answer, sizeof(answer), deadline_ns, err) < 0)
+        lb_transport_read(b->t, answer, sizeof(answer), deadline_ns, err) < 0)
         return -1;
     derive(s, k, hello, answer);
     lb_hmac_sha256(mac, s->confirm_r, 32, answer, 32);
@@ -181,7 +181,7 @@ static int greet_responder(struct lb_bulk *b, const struct lb_bulk_keys *k, uint
     uint8_t hello[LB_BULK_HELLO_BYTES], answer[LB_BULK_ANSWER_BYTES];
     uint8_t confirm[LB_BULK_CONFIRM_BYTES], mac[32];
 
-    if (b->t->ops->read(b->t, hello, sizeof(hello), deadline_ns, err) < 0 ||
+    if (lb_transport_read(b->t, hello, sizeof(hello), deadline_ns, err) < 0 ||
         check_hello(b, k, hello, any_index, err) < 0)
         return -1;
     randombytes_buf(answer, 32);
@@ -189,7 +189,7 @@ static int greet_responder(struct lb_bulk *b, const struct lb_bulk_keys *k, uint
     lb_hmac_sha256(answer + 32, s->confirm_r, 32, answer, 32);
     lb_hmac_sha256(mac, s->confirm_i, 32, answer, 32);
     if (put(b, answer, sizeof(answer), deadline_ns, err) < 0 ||
-        b->t->ops->read(b->t, confirm, sizeof(confirm), deadline_ns, err) < 0)
+        lb_transport_read(b->t, confirm, sizeof(confirm), deadline_ns, err) < 0)
         return -1;
     return sodium_memcmp(mac, confirm, sizeof(mac)) == 0 ? 0 : fail_auth(err);
 }

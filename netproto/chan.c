@@ -119,13 +119,13 @@ static int get_handshake(struct lb_transport *t, struct lb_noise *n, size_t expe
     uint8_t head[FRAME_HEAD], msg[LB_NOISE_MSG2_BYTES], none[LB_NOISE_MSG2_BYTES];
     size_t none_len;
 
-    if (t->ops->read(t, head, sizeof(head), deadline_ns, err) < 0)
+    if (lb_transport_read(t, head, sizeof(head), deadline_ns, err) < 0)
         return -1;
     size_t len = lb_get16(head);
     if (len != expected)
         return lb_fail(err, LB_E_PROTO, "handshake message of %zu bytes instead of %zu", len,
                        expected);
-    if (t->ops->read(t, msg, len, deadline_ns, err) < 0)
+    if (lb_transport_read(t, msg, len, deadline_ns, err) < 0)
         return -1;
     return lb_noise_read(n, msg, len, none, &none_len, err);
 }

@@ -38,9 +38,7 @@ struct lb_transport_ops {
     /* Everything or failure. deadline_ns absolute CLOCK_MONOTONIC, 0 = none. */
     int (*writev)(struct lb_transport *t, const struct iovec *iov, unsigned n, uint64_t deadline_ns,
                   struct lb_error *err);
-    int (*read)(struct lb_transport *t, void *buf, size_t len, uint64_t deadline_ns,
-                struct lb_error *err);
-    /* As much as is there, at least 1 byte: for buffered readers. 0 at EOF. */
+    /* As much as is there, at least 1 byte. 0 at EOF. */
     ssize_t (*read_some)(struct lb_transport *t, void *buf, size_t len, uint64_t deadline_ns,
                          struct lb_error *err);
     /* Make every present and future call fail at once. Any thread. */
@@ -53,6 +51,9 @@ struct lb_transport {
     _Atomic uint64_t blocked_ns; /* spent in writev waiting for room; relaxed */
     _Atomic uint64_t copied_bytes; /* by a processor, to or from the network; relaxed */
 };
+/* Everything or failure; deadline_ns as above. */
+int lb_transport_read(struct lb_transport *t, void *buf, size_t len, uint64_t deadline_ns,
+                      struct lb_error *err);
 /* Connect with a deadline (getaddrinfo, non-blocking connect, TCP_NODELAY, keepalive,
  * TCP_USER_TIMEOUT 20 s). cancel_fd: -1 or an fd whose readability ends the wait. */
 int lb_tcp_connect(const char *host, uint16_t port, unsigned timeout_ms, int cancel_fd,

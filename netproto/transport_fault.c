@@ -81,13 +81,6 @@ static int fault_writev(struct lb_transport *t, const struct iovec *iov, unsigne
     return 0;
 }
 
-static int fault_read(struct lb_transport *t, void *buf, size_t len, uint64_t deadline_ns,
-                      struct lb_error *err)
-{
-    struct lb_transport *inner = fault_of(t)->inner;
-    return inner->ops->read(inner, buf, len, deadline_ns, err);
-}
-
 static ssize_t fault_read_some(struct lb_transport *t, void *buf, size_t len, uint64_t deadline_ns,
                                struct lb_error *err)
 {
@@ -123,7 +116,6 @@ static void fault_close(struct lb_transport *t)
 static const struct lb_transport_ops FAULT_OPS = {
     .name = "fault",
     .writev = fault_writev,
-    .read = fault_read,
     .read_some = fault_read_some,
     .abort = fault_abort,
     .fd = fault_fd,

@@ -166,21 +166,6 @@ static ssize_t mem_read_some(struct lb_transport *t, void *buf, size_t len, uint
     return n;
 }
 
-static int mem_read(struct lb_transport *t, void *buf, size_t len, uint64_t deadline_ns,
-                    struct lb_error *err)
-{
-    size_t have = 0;
-    while (have < len) {
-        ssize_t n = mem_read_some(t, (char *)buf + have, len - have, deadline_ns, err);
-        if (n < 0)
-            return -1;
-        if (n == 0)
-            return lb_fail(err, LB_E_NET, "the peer closed the connection");
-        have += (size_t)n;
-    }
-    return 0;
-}
-
 static void end_both(struct mem *m)
 {
     struct pair *p = m->pair;
@@ -236,7 +221,6 @@ static void mem_close(struct lb_transport *t)
 static const struct lb_transport_ops MEM_OPS = {
     .name = "memory",
     .writev = mem_writev,
-    .read = mem_read,
     .read_some = mem_read_some,
     .abort = mem_abort,
     .fd = mem_fd,

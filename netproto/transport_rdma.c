@@ -388,22 +388,6 @@ static ssize_t rdma_read_some(struct lb_transport *t, void *buf, size_t len, uin
     return (ssize_t)n;
 }
 
-static int rdma_read(struct lb_transport *t, void *buf, size_t len, uint64_t deadline_ns,
-                     struct lb_error *err)
-{
-    size_t have = 0;
-
-    while (have < len) {
-        ssize_t n = rdma_read_some(t, (char *)buf + have, len - have, deadline_ns, err);
-        if (n < 0)
-            return -1;
-        if (n == 0)
-            return lb_fail(err, LB_E_NET, "the peer closed the connection");
-        have += (size_t)n;
-    }
-    return 0;
-}
-
 /* ------------------------------------------------------------- life and death */
 
 static void rdma_abort(struct lb_transport *t)
@@ -458,7 +442,6 @@ static void rdma_close(struct lb_transport *t)
 const struct lb_transport_ops lb_rdma_ops = {
     .name = "rdma",
     .writev = rdma_writev,
-    .read = rdma_read,
     .read_some = rdma_read_some,
     .abort = rdma_abort,
     .fd = rdma_fd,

@@ -31,19 +31,6 @@ static struct tcp *tcp_of(struct lb_transport *t)
     return (struct tcp *)t; /* base is the first member */
 }
 
-int lb_fail_timeout(struct lb_error *err)
-{
-    lb_fail(err, LB_E_NET, "timed out waiting for the peer");
-    if (err)
-        err->sys_errno = ETIMEDOUT;
-    return lb_remedy(err, "check that the peer runs and that the network reaches it");
-}
-
-bool lb_is_timeout(const struct lb_error *err)
-{
-    return err->code == LB_E_NET && err->sys_errno == ETIMEDOUT;
-}
-
 /* Poll fd for events until the deadline (0: none) or cancel_fd (-1: none) is readable. */
 static int wait_fd(int fd, short events, int cancel_fd, uint64_t deadline_ns, struct lb_error *err)
 {
@@ -150,21 +137,6 @@ static ssize_t tcp_read_some(struct lb_transport *base, void *buf, size_t len,
     }
 }
 
-static int tcp_read(struct lb_transport *base, void *buf, size_t len, uint64_t deadline_ns,
-                    struct lb_error *err)
-{
-    size_t have = 0;
-    while (have < len) {
-        ssize_t got = tcp_read_some(base, (char *)buf + have, len - have, deadline_ns, err);
-        if (got < 0)
-            return -1;
-        if (got == 0)
-            return lb_fail(err, LB_E_NET, "the peer closed the connection");
-        have += (size_t)got;
-    }
-    return 0;
-}
-
 static void tcp_abort(struct lb_transport *base)
 {
     struct tcp *t = tcp_of(base);
@@ -186,7 +158,6 @@ static void tcp_close(struct lb_transport *base)
 static const struct lb_transport_ops TCP_OPS = {
     .name = "tcp",
     .writev = tcp_writev,
-    .read = tcp_read,
     .read_some = tcp_read_some,
     .abort = tcp_abort,
     .fd = tcp_fd,

@@ -166,11 +166,11 @@ static void test_credits(void **state)
     assert_int_equal(sent, 16);
     assert_true(l.near->blocked_ns >= 200000000);
     for (unsigned i = 0; i < sent; i++)
-        assert_int_equal(l.far->ops->read(l.far, buf, iov.iov_len, lb_now_ns() + UINT64_C(5000000000), &e), 0);
+        assert_int_equal(lb_transport_read(l.far, buf, iov.iov_len, lb_now_ns() + UINT64_C(5000000000), &e), 0);
     assert_int_equal(l.near->ops->writev(l.near, &iov, 1, lb_now_ns() + UINT64_C(5000000000), &e), 0);
     /* The end: what was sent is still read. */
     l.near->ops->close(LB_STEAL_PTR(l.near));
-    assert_int_equal(l.far->ops->read(l.far, buf, iov.iov_len, lb_now_ns() + UINT64_C(5000000000), &e), 0);
+    assert_int_equal(lb_transport_read(l.far, buf, iov.iov_len, lb_now_ns() + UINT64_C(5000000000), &e), 0);
     assert_int_equal(l.far->ops->read_some(l.far, buf, 1, lb_now_ns() + UINT64_C(5000000000), &e), 0);
     assert_int_equal(l.far->ops->writev(l.far, &iov, 1, 0, &e), -1);
     assert_int_equal(e.code, LB_E_NET);
@@ -260,7 +260,7 @@ static void test_write(void **state)
             assert_int_equal(lb_rdma_write(l.near, &from, a + at, 4096, to.addr + at, to.rkey,
                                            at + 4096 < AREA, &e), 0);
         assert_int_equal(l.near->ops->writev(l.near, &iov, 1, 0, &e), 0);
-        assert_int_equal(l.far->ops->read(l.far, &byte, 1, lb_now_ns() + UINT64_C(10000000000), &e), 0);
+        assert_int_equal(lb_transport_read(l.far, &byte, 1, lb_now_ns() + UINT64_C(10000000000), &e), 0);
         assert_memory_equal(a, b, AREA);
     }
     assert_int_equal(lb_rdma_drain(l.near, lb_now_ns() + UINT64_C(5000000000), &e), 0);

@@ -268,11 +268,6 @@ static int tap_writev(struct lb_transport *t, const struct iovec *iov, unsigned 
     }
     return p->inner->ops->writev(p->inner, iov, n, d, err);
 }
-static int tap_read(struct lb_transport *t, void *b, size_t l, uint64_t d, struct lb_error *err)
-{
-    struct tap *p = (struct tap *)t;
-    return p->inner->ops->read(p->inner, b, l, d, err);
-}
 static ssize_t tap_read_some(struct lb_transport *t, void *b, size_t l, uint64_t d,
                              struct lb_error *err)
 {
@@ -294,8 +289,8 @@ static void tap_close(struct lb_transport *t)
     struct tap *p = (struct tap *)t;
     p->inner->ops->close(p->inner);
 }
-static const struct lb_transport_ops TAP_OPS = {"tap",     tap_writev, tap_read, tap_read_some,
-                                                tap_abort, tap_fd,     tap_close};
+static const struct lb_transport_ops TAP_OPS = {"tap", tap_writev, tap_read_some, tap_abort,
+                                                tap_fd, tap_close};
 
 static void capture(struct tap *tap, struct opening *i, struct opening *r)
 {

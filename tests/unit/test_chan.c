@@ -44,7 +44,7 @@ static void *acceptor(void *arg)
     struct accepting *a = arg;
     uint8_t bytes[LB_PREAMBLE_BYTES];
     struct lb_preamble p;
-    if (a->t->ops->read(a->t, bytes, sizeof(bytes), lb_deadline(g_timeout_ms), &a->err) < 0 ||
+    if (lb_transport_read(a->t, bytes, sizeof(bytes), lb_deadline(g_timeout_ms), &a->err) < 0 ||
         lb_preamble_parse(bytes, &p, &a->err) < 0) {
         a->t->ops->close(a->t);
         a->rc = -1;
@@ -292,7 +292,7 @@ static void bad_manners(void **state)
         assert_int_equal(lb_noise_write(&n, NULL, 0, msg + 2, &len, NULL), 0);
         lb_put16(msg, 32);
         assert_int_equal(t->ops->writev(t, iov, 2, 0, NULL), 0);
-        assert_int_equal(t->ops->read(t, msg, 98, 0, NULL), 0);
+        assert_int_equal(lb_transport_read(t, msg, 98, 0, NULL), 0);
         assert_int_equal(lb_noise_read(&n, msg + 2, 96, none, &none_len, NULL), 0);
         len = 100;
         assert_int_equal(lb_noise_write(&n, NULL, 0, msg + 2, &len, NULL), 0);

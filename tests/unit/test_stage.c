@@ -187,11 +187,6 @@ static int hose_writev(struct lb_transport *t, const struct iovec *iov, unsigned
     }
     return h->hold ? 0 : h->inner->ops->writev(h->inner, iov, n, d, err);
 }
-static int hose_read(struct lb_transport *t, void *b, size_t l, uint64_t d, struct lb_error *err)
-{
-    struct hose *h = (struct hose *)t;
-    return h->inner->ops->read(h->inner, b, l, d, err);
-}
 static ssize_t hose_read_some(struct lb_transport *t, void *b, size_t l, uint64_t d,
                               struct lb_error *err)
 {
@@ -213,8 +208,8 @@ static void hose_close(struct lb_transport *t)
     struct hose *h = (struct hose *)t;
     h->inner->ops->close(h->inner);
 }
-static const struct lb_transport_ops HOSE_OPS = {"hose", hose_writev, hose_read, hose_read_some,
-                                                 hose_abort, hose_fd, hose_close};
+static const struct lb_transport_ops HOSE_OPS = {"hose", hose_writev, hose_read_some, hose_abort,
+                                                 hose_fd, hose_close};
 
 static void hose_pass(struct hose *h, size_t from, size_t n)
 {
