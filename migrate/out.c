@@ -47,6 +47,21 @@ static void transport_name(const struct out *o, const struct lb_sender_stats *st
                                   : "rdma");
 }
 
+/* Bytes per second on the wire, four times a second. What was sent before the first look took nobody knows how long. */
+static void measure_rate(struct out *o, uint64_t wire_bytes, uint64_t now)
+{
+    if (o->bytes_seen_ns) {
+        double rate;
+
+        if (now - o->bytes_seen_ns < 250000000u)
+            return;
+        rate = (double)(wire_bytes - o->bytes_seen) * 1e9 / (double)(now - o->bytes_seen_ns);
+        o->throughput = o->throughput > 0 ? 0.5 * o->throughput + 0.5 * rate : rate;
+    }
+    o->bytes_seen = wire_bytes;
+    o->bytes_seen_ns = now;
+}
+
 void lb_out_report(struct out *o, bool force)
 {
     uint64_t now = lb_now_ns();
@@ -70,14 +85,7 @@ void lb_out_report(struct out *o, bool force)
             snprintf(p->note, sizeof(p->note), "an RDMA connection broke: goes on over TCP");
         }
         p->remaining_pages = o->round_pages > st.done_pages ? o->round_pages - st.done_pages : 0;
-        if (now - o->bytes_seen_ns >= 250000000u) {
-            double rate = (double)(st.wire_bytes - o->bytes_seen) * 1e9 /
-                          (double)(now - o->bytes_seen_ns);
-
-            o->throughput = o->throughput > 0 ? 0.5 * o->throughput + 0.5 * rate : rate;
-            o->bytes_seen = st.wire_bytes;
-            o->bytes_seen_ns = now;
-        }
+        measure_rate(o, st.wire_bytes, now);
         if (o->sm.state == S_ROUNDS) {
             double f = o->round_pages ? (double)st.done_pages / (double)o->round_pages
                                       : p->round > 0;

@@ -116,8 +116,8 @@ int lb_out_precopy(struct out *o, struct lb_error *err)
     uint32_t round = 0;
     int rc;
 
+    o->bytes_seen_ns = 0; /* setup is no part of the rate */
     lb_out_move(o, S_ROUNDS);
-    o->bytes_seen_ns = lb_now_ns();
     for (;; round++) {
         struct lb_round_stats *r;
         uint64_t pages;

@@ -115,6 +115,9 @@ static void on_report(const struct lb_progress *p, void *arg)
     (void)arg;
     assert_true(p->percent >= last_percent);
     last_percent = p->percent;
+    /* Before any page is sent there is no rate; a wrong one makes an ETA of years. */
+    if (p->sent_bytes < LB_PAGE_SIZE)
+        assert_true(p->throughput_bytes_per_s <= 0 || p->throughput_bytes_per_s >= 1);
     if (!strcmp(p->state, "ready")) {
         assert_true(p->sent_bytes < LB_PAGE_SIZE); /* the greeting of each connection */
         is_ready = true;
