@@ -18,13 +18,14 @@
 
 #define IDLE_TIMEOUT_NS UINT64_C(60000000000)
 #define COMMIT_TIMEOUT_NS UINT64_C(60000000000)
-#define LATE_FRAMES_NS UINT64_C(3000000000)
+#define LAST_WORDS_NS UINT64_C(3000000000)
 
 struct in {
     struct lb_rx rx;
     uint64_t t_start, started_wall_ms;
     struct lb_progress prog;
     unsigned heard;        /* messages, when we last looked */
+    bool settled;          /* the source will never ask about it */
 };
 
 static void report(struct in *s, const char *state, double percent)
@@ -154,6 +155,11 @@ static bool not_running(struct in *s, const struct lb_error *why)
     return false;
 }
 
+static bool is_ours(const struct in *s, const ProtobufCBinaryData *token)
+{
+    return token->len == LB_TOKEN_BYTES && !memcmp(token->data, s->rx.req->token.data, LB_TOKEN_BYTES);
+}
+
 static int commit(struct in *s, struct lb_error *err)
 {
     Lb__Control *m = NULL, out = LB__CONTROL__INIT;
@@ -167,8 +173,7 @@ static int commit(struct in *s, struct lb_error *err)
     if (lb_ctl_queue_expect(s->rx.ctl, LB__CONTROL__KIND_COMMIT, &m,
                             lb_now_ns() + COMMIT_TIMEOUT_NS, err))
         return -1;
-    ok = m->commit->token.len == LB_TOKEN_BYTES &&
-         !memcmp(m->commit->token.data, s->rx.req->token.data, LB_TOKEN_BYTES);
+    ok = is_ours(s, &m->commit->token);
     lb__control__free_unpacked(m, NULL);
     if (!ok)
         return lb_fail(err, LB_E_PROTO, "the peer committed another hand-over");
@@ -234,17 +239,19 @@ static void settle(struct in *s)
     report(s, "done", 100);
 }
 
-/* What came for the guest during its pause; until the source has closed, or is silent, or
+/* What came for the guest during its pause, and that all is settled; until the source has closed, or is silent, or
  * has had time enough: the lock of the VM is held meanwhile. */
-static void late_frames(struct in *s, unsigned wait_ms)
+static void last_words(struct in *s, unsigned wait_ms)
 {
-    uint64_t until = lb_now_ns() + LATE_FRAMES_NS;
+    uint64_t until = lb_now_ns() + LAST_WORDS_NS;
     Lb__Control *m = NULL;
 
     while (lb_now_ns() < until &&
            !lb_ctl_queue_pop(s->rx.ctl, &m, lb_now_ns() + UINT64_C(1000000) * wait_ms, NULL)) {
         if (m->kind_case == LB__CONTROL__KIND_FRAMES && s->rx.desc.argv)
             lb_frames_inject(m->frames, s->rx.desc.argv, &s->rx.cfg);
+        else if (m->kind_case == LB__CONTROL__KIND_SETTLED)
+            s->settled |= is_ours(s, &m->settled->token);
         lb__control__free_unpacked(m, NULL);
     }
 }
@@ -279,6 +286,7 @@ static int keep_wish(struct lb_rx *r, struct lb_error *err)
 static int migration(struct in *s, struct lb_error *err)
 {
     struct lb_rx *r = &s->rx;
+    struct lb_error e = LB_ERROR_INIT;
     bool proceed;
 
     if (checks(s, &proceed, err))
@@ -301,9 +309,11 @@ static int migration(struct in *s, struct lb_error *err)
         return -1;
     if (commit(s, err))
         return -1;
-    late_frames(s, 0);
+    last_words(s, 0);
     settle(s);
-    late_frames(s, 1000);
+    last_words(s, 1000);
+    if (s->settled && lb_journal_settle(r->env->state_dir, &r->journal, &e))
+        lb_log_error(LB_LOG_WARN, &e);
     return 0;
 }
 

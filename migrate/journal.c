@@ -105,6 +105,7 @@ static int decode(json_t *root, const char *path, const char *token, struct lb_j
         !json_is_integer(json_object_get(root, "changed_ms")))
         return broken(path, "a field is missing or too long", err);
     j.changed_ms = (uint64_t)json_integer_value(json_object_get(root, "changed_ms"));
+    j.settled = json_is_true(json_object_get(root, "settled"));
     for (unsigned i = LB_J_PREPARING; i < LB_ARRAY_LEN(moves); i++) {
         if (!strcmp(state, moves[i].name)) {
             j.state = i;
@@ -158,6 +159,8 @@ static int store(const char *state_dir, const char *path, const struct lb_journa
     json_object_set_new(root, "peer", lb_json_text(j->peer));
     if (j->peer_key[0])
         json_object_set_new(root, "peer_key", lb_json_text(j->peer_key));
+    if (j->settled)
+        json_object_set_new(root, "settled", json_true());
     json_object_set_new(root, "changed_ms", json_integer((json_int_t)j->changed_ms));
     json_object_set_new(root, "detail", lb_json_text(j->detail));
     LB_AUTO_FREE char *text = json_dumps(root, JSON_INDENT(1));
@@ -227,6 +230,19 @@ int lb_journal_retract(const char *state_dir, struct lb_journal *j, const char *
     struct lb_journal next = *j;
     next.state = LB_J_REFUSED;
     snprintf(next.detail, sizeof(next.detail), "retracted: %s", reason);
+    return commit(state_dir, path, j, &next, err);
+}
+
+int lb_journal_settle(const char *state_dir, struct lb_journal *j, struct lb_error *err)
+{
+    LB_AUTO_FREE char *path = token_path(state_dir, j->token, ".json", err);
+    if (!path || check_current(state_dir, j, err) < 0)
+        return -1;
+    if (j->state != LB_J_RUNNING)
+        return lb_fail(err, LB_E_STATE, "the hand-over of %s is %s: it cannot be settled", j->vm,
+                       lb_journal_state_name(j->state));
+    struct lb_journal next = *j;
+    next.settled = true;
     return commit(state_dir, path, j, &next, err);
 }
 
@@ -387,11 +403,11 @@ int lb_journal_prune(const char *state_dir, struct lb_error *err)
     if (lb_journal_list(state_dir, &v, &n, err) < 0)
         return -1;
     for (unsigned i = 0; i < n; i++) {
-        /* Not RUNNING: a source that was switched off for longer than we keep files
+        /* Not RUNNING, unless settled: a source that was switched off for longer than we keep files
          * would ask, be told "refused", and run a second copy. */
-        bool decided = v[i].state == LB_J_DONE || v[i].state == LB_J_ABORTED ||
-                       v[i].state == LB_J_REFUSED;
-        if (decided && v[i].changed_ms + KEEP_MS < now_ms)
+        bool over = v[i].state == LB_J_DONE || v[i].state == LB_J_ABORTED || v[i].state == LB_J_REFUSED ||
+                    (v[i].state == LB_J_RUNNING && v[i].settled);
+        if (over && v[i].changed_ms + KEEP_MS < now_ms)
             prune_one(state_dir, &v[i]);
     }
     free(v);

@@ -9,12 +9,13 @@
  *   source        meaning                                  after a crash
  *   PREPARING     guest may be paused for a round          continue the guest here
  *   HANDED_OVER   Commit may have been sent                ask the destination
- *   DONE          destination runs it, our copy destroyed  destroy what is left
+ *   DONE          destination runs it, we never ask again  destroy what is left
  *   ABORTED       decided: it stays here                   continue the guest here
  *
  *   destination
  *   PREPARED      complete, loaded, paused                 refuse + destroy the receiver
  *   RUNNING       decided: it runs here                    run it (again: harmless), announce
+ *     settled     and the source is DONE: nobody will ask  the same
  *   REFUSED       decided: it never ran and never will     destroy the receiver
  *
  * The destination decides between RUNNING and REFUSED under the file lock
@@ -42,6 +43,7 @@ struct lb_journal {
     char peer[128];          /* name of the trusted host on the other side */
     char peer_key[72];       /* source: its key as text, so that only that host is ever asked; may be "" */
     uint64_t changed_ms;     /* wall clock */
+    bool settled;            /* RUNNING: the source has said that it is DONE */
     char detail[256];
 };
 
@@ -61,6 +63,8 @@ int lb_journal_move(const char *state_dir, struct lb_journal *j, enum lb_journal
  * "running". The caller holds TOKEN.lock. `reason`, not empty, goes to detail. */
 int lb_journal_retract(const char *state_dir, struct lb_journal *j, const char *reason,
                        struct lb_error *err);
+/* The source is DONE. *j is RUNNING, and says what the file says afterwards. */
+int lb_journal_settle(const char *state_dir, struct lb_journal *j, struct lb_error *err);
 /* Exclusive lock of a token, waiting at most timeout_ms; fd or -1 (LB_E_STATE when
  * held by another). Given back by close or death. */
 int lb_journal_lock(const char *state_dir, const char *token_hex, unsigned timeout_ms,
@@ -68,8 +72,8 @@ int lb_journal_lock(const char *state_dir, const char *token_hex, unsigned timeo
 /* Sorted by token; *v malloc'ed, NULL when none. Damaged ones are logged and left out. */
 int lb_journal_list(const char *state_dir, struct lb_journal **v, unsigned *n,
                     struct lb_error *err);
-/* Remove journals that are DONE, ABORTED or REFUSED for 30 days. RUNNING stays for
- * ever: a source that comes back after months must still get that answer. */
+/* Remove journals that are DONE, ABORTED, REFUSED or settled for 30 days. RUNNING that is not settled stays
+ * for ever: a source that comes back after months must still get that answer. */
 int lb_journal_prune(const char *state_dir, struct lb_error *err);
 
 #endif

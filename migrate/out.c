@@ -136,7 +136,25 @@ void lb_out_note(struct out *o, const char *text)
 
 /* ------------------------------------------------------------------ hand-over */
 
-/* The destination runs it: our copy must go, then nothing is left to decide. */
+/* The destination runs it, and we need never ask. */
+static void settle(struct out *o)
+{
+    Lb__Control m = LB__CONTROL__INIT;
+    Lb__Settled s = LB__SETTLED__INIT;
+    struct lb_error err = LB_ERROR_INIT;
+    uint8_t token[LB_TOKEN_BYTES];
+
+    if (lb_journal_move(o->env->state_dir, &o->journal, LB_J_DONE, &err)) {
+        lb_log_error(LB_LOG_WARN, &err);
+        return;
+    }
+    lb_unhex(token, sizeof(token), o->journal.token);
+    s.token = (ProtobufCBinaryData){sizeof(token), token};
+    m.kind_case = LB__CONTROL__KIND_SETTLED;
+    m.settled = &s;
+    lb_ctl_send(o->tx.chan, &m, NULL);
+}
+
 static int destroy_own(struct out *o)
 {
     struct lb_error err = LB_ERROR_INIT;
@@ -150,8 +168,7 @@ static int destroy_own(struct out *o)
             return lb_log_error(LB_LOG_ERROR, &err), -1;
     }
     lb_point("src-destroyed");
-    if (lb_journal_move(o->env->state_dir, &o->journal, LB_J_DONE, &err) ||
-        lb_vm_entry_remove(o->env->state_dir, o->entry.name, &err))
+    if (lb_vm_entry_remove(o->env->state_dir, o->entry.name, &err))
         lb_log_error(LB_LOG_WARN, &err);
     return 0;
 }
@@ -168,6 +185,7 @@ static int moved(struct out *o)
     snprintf(o->res->final_state, sizeof(o->res->final_state), "moved");
     lb_sm_move(&o->sm, S_DONE);
     late_frames(o);
+    settle(o);
     destroy_own(o);
     lb_frames_send(o->frames, o->tx.chan);
     o->res->ok = true;

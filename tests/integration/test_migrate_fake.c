@@ -531,6 +531,21 @@ static void test_variants(void **state)
     run_variant(&c, &o);
 }
 
+/* Nobody will ask about those that came in: each source has said so. */
+static void all_settled(const struct host *h, unsigned at_least)
+{
+    struct lb_journal *v;
+    unsigned n, incoming = 0;
+
+    assert_return_code(lb_journal_list(h->dir, &v, &n, NULL), 0);
+    for (unsigned i = 0; i < n; i++) {
+        assert_true(v[i].state != LB_J_RUNNING || v[i].settled);
+        incoming += v[i].state == LB_J_RUNNING;
+    }
+    assert_true(incoming >= at_least);
+    free(v);
+}
+
 static void test_there_and_back(void **state)
 {
     struct lb_vm_entry e;
@@ -555,6 +570,8 @@ static void test_there_and_back(void **state)
         idle(&A);
     }
     check_one("small", &A, &B, nonce);
+    all_settled(&A, 1);
+    all_settled(&B, 1);
     clean("small");
 }
 

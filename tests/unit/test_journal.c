@@ -257,11 +257,29 @@ static void test_lock(void **s)
     close(fd);
 }
 
-static void aged(const char *token, const char *state)
+/* Only what runs here can be settled; then it still says so, and cannot be taken back by what is not up to date. */
+static void test_settle(void **s)
+{
+    (void)s;
+    struct lb_journal j = fresh(TOKEN), old;
+    assert_int_equal(lb_journal_settle(dir, &j, NULL), -1);
+    assert_int_equal(lb_journal_move(dir, &j, LB_J_PREPARED, NULL), 0);
+    assert_int_equal(lb_journal_settle(dir, &j, NULL), -1);
+    old = j;
+    assert_int_equal(lb_journal_move(dir, &j, LB_J_RUNNING, NULL), 0);
+    assert_false(j.settled);
+    assert_int_equal(lb_journal_settle(dir, &old, NULL), -1);
+    assert_int_equal(lb_journal_settle(dir, &j, NULL), 0);
+    assert_int_equal(lb_journal_load(dir, TOKEN, &old, NULL), 0);
+    assert_true(old.state == LB_J_RUNNING && old.settled);
+}
+
+static void aged(const char *token, const char *state, bool settled)
 {
     char *name = lb_asprintf("%s.json", token);
     char *text = lb_asprintf("{\"version\":1,\"token\":\"%s\",\"state\":\"%s\",\"vm\":\"v\","
-                             "\"peer\":\"p\",\"detail\":\"\",\"changed_ms\":%llu}", token, state,
+                             "\"peer\":\"p\",\"detail\":\"\",\"settled\":%s,\"changed_ms\":%llu}", token, state,
+                             settled ? "true" : "false",
                              (unsigned long long)(lb_wall_ms() - UINT64_C(31) * 86400000));
     put(name, text);
     free(text);
@@ -273,18 +291,18 @@ static void test_prune(void **s)
     (void)s;
     static const struct {
         const char *state;
-        bool goes;
-    } cases[] = {{"preparing", false}, {"handed-over", false}, {"done", true}, {"aborted", true},
-                 {"prepared", false},  {"running", false},     {"refused", true}};
+        bool goes, settled;
+    } cases[] = {{"preparing", false, false}, {"handed-over", false, false}, {"done", true, false},    {"aborted", true, false},
+                 {"prepared", false, false},  {"running", false, false},     {"refused", true, false}, {"running", true, true}};
     char token[LB_TOKEN_HEX];
     struct lb_journal young = fresh(TOKEN2);
     assert_int_equal(lb_journal_move(dir, &young, LB_J_REFUSED, NULL), 0);
     for (unsigned i = 0; i < LB_ARRAY_LEN(cases); i++) {
         snprintf(token, sizeof(token), "%032x", i);
-        aged(token, cases[i].state);
+        aged(token, cases[i].state, cases[i].settled);
     }
     snprintf(token, sizeof(token), "%032x", 99);
-    aged(token, "refused");
+    aged(token, "refused", false);
     int busy = lb_journal_lock(dir, token, 0, NULL);
     put(".x.json.AAAAAA.tmp", "");
     put(".y.json.AAAAAA.tmp", "");
@@ -418,7 +436,7 @@ int main(void)
     lb_log_set_level(LB_LOG_WARN);
     const struct CMUnitTest tests[] = {
         T(test_moves),  T(test_contents), T(test_two_deciders), T(test_retract), T(test_bad_tokens),
-        T(test_damage), T(test_list_empty), T(test_lock),       T(test_prune),   T(test_crash),
+        T(test_damage), T(test_list_empty), T(test_lock),       T(test_settle),  T(test_prune),   T(test_crash),
         T(test_points),
     };
     return cmocka_run_group_tests_name("journal", tests, NULL, NULL);
