@@ -85,7 +85,6 @@ struct lb_share {
 };
 void lb_share_progress(uint64_t done, uint64_t total, void *share);
 
-bool lb_cancelled(int cancel_fd);
 /* qemu-img with these arguments (argv[0] included); its percentage goes to share. */
 int lb_qemu_img(const char *const argv[], struct lb_share *share, int cancel_fd, struct lb_error *err);
 

@@ -159,7 +159,7 @@ static int pass(int from, int to, const char *from_path, const char *to_path, st
             continue;
         if (n < 0)
             return lb_fail_errno(err, LB_E_INTERNAL, errno, "cannot read %s", from_path);
-        if (lb_cancelled(cancel_fd))
+        if (lb_readable(cancel_fd, 0))
             return lb_fail(err, LB_E_CANCELLED, "cancelled");
         if (EVP_DigestUpdate(md, buf, (size_t)n) != 1)
             return lb_fail(err, LB_E_INTERNAL, "cannot compute a SHA-256");

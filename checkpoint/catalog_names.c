@@ -14,7 +14,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <poll.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -56,13 +55,6 @@ bool lb_catalog_number(const char *file_name, uint32_t *number)
     unsigned long long v = strtoull(file_name, NULL, 10);
     *number = (uint32_t)v;
     return v <= UINT32_MAX;
-}
-
-bool lb_cancelled(int cancel_fd)
-{
-    struct pollfd p = {.fd = cancel_fd, .events = POLLIN};
-
-    return cancel_fd >= 0 && poll(&p, 1, 0) > 0;
 }
 
 void lb_share_progress(uint64_t done, uint64_t total, void *share)

@@ -11,7 +11,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -166,20 +165,14 @@ static int fail_all(struct all *a, const struct lb_error *err)
     return -1;
 }
 
-static bool has_failed(struct all *a)
+static int may_go_on(struct all *a, struct lb_error *err)
 {
+    if (lb_readable(a->r->cancel_fd, 0))
+        return lb_fail(err, LB_E_CANCELLED, "cancelled");
     pthread_mutex_lock(&a->lock);
     bool failed = a->failed;
     pthread_mutex_unlock(&a->lock);
-    return failed;
-}
-
-static int check_cancel(int fd, struct lb_error *err)
-{
-    struct pollfd p = {.fd = fd, .events = POLLIN};
-    if (fd >= 0 && poll(&p, 1, 0) > 0)
-        return lb_fail(err, LB_E_CANCELLED, "cancelled");
-    return 0;
+    return failed ? -1 : 0;
 }
 
 /* ---------------------------------------------------------------- reading */
@@ -267,7 +260,7 @@ static int do_window(struct worker *w, const struct window *win, struct lb_error
         return -1;
     for (uint32_t p = win->first; p < win->end; p++) {
         if ((p - win->first) % CHECK_EVERY == 0 &&
-            (check_cancel(w->a->r->cancel_fd, err) < 0 || has_failed(w->a)))
+            may_go_on(w->a, err) < 0)
             return -1;
         if (give_chunk(w, win->file, p, data + (f->chunk_at[p] - from), err) < 0)
             return -1;

@@ -156,7 +156,7 @@ static int write_again(struct merge *m, unsigned files, bool full, const struct 
     if (copy_pages(m, files, full, cancel_fd, err) || copy_hot(m, err) ||
         lb_chain_state(m->chain, &state, &len, err))
         return -1;
-    if (lb_cancelled(cancel_fd))
+    if (lb_readable(cancel_fd, 0))
         return lb_fail(err, LB_E_CANCELLED, "cancelled");
     return lb_ckpt_commit(LB_STEAL_PTR(m->writer), meta, state, len, NULL, err);
 }

@@ -2,7 +2,6 @@
 #include "checkpoint/checkpoint_internal.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 
 #define REPORT_NS UINT64_C(100000000)
@@ -94,9 +93,7 @@ void lb_ckpt_meter_note(struct lb_ckpt_meter *m, const char *fmt, ...)
 int lb_ckpt_check_cancel(const struct lb_ckpt_env *env, const char *what, const char *vm,
                          struct lb_error *err)
 {
-    struct pollfd p = {.fd = env->cancel_fd, .events = POLLIN};
-
-    if (env->cancel_fd < 0 || poll(&p, 1, 0) <= 0)
+    if (!lb_readable(env->cancel_fd, 0))
         return 0;
     return lb_fail(err, LB_E_CANCELLED, "%s of %s cancelled", what, vm);
 }

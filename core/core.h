@@ -201,6 +201,9 @@ int lb_read_all_until(int fd, void *buf, size_t len, uint64_t deadline_ns, int c
                       struct lb_error *err);
 int lb_write_all_until(int fd, const void *buf, size_t len, uint64_t deadline_ns, int cancel_fd,
                        struct lb_error *err);
+/* Waits until there is something to read, the other end is gone or broken, or a process (pidfd) has
+ * ended; at most timeout_ms. fd -1: never readable. */
+bool lb_readable(int fd, unsigned timeout_ms);
 int lb_set_nonblock(int fd, bool on);
 /* SCM_RIGHTS over a unix stream/seqpacket socket, at most 16 fds. */
 int lb_send_fds(int sock, const void *buf, size_t len, const int *fds, unsigned n_fds,

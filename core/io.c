@@ -147,6 +147,12 @@ int lb_write_all_until(int fd, const void *buf, size_t len, uint64_t deadline_ns
     return write_loop(fd, buf, len, &(struct wait_limit){deadline_ns, cancel_fd}, err);
 }
 
+bool lb_readable(int fd, unsigned timeout_ms)
+{
+    struct wait_limit l = {lb_now_ns() + (uint64_t)timeout_ms * 1000000, -1};
+    return wait_ready(fd, POLLIN, &l, NULL) == 0;
+}
+
 int lb_set_nonblock(int fd, bool on)
 {
     int flags = fcntl(fd, F_GETFL);

@@ -77,8 +77,7 @@ bool lb_proc_alive(const struct lb_proc_id *id)
     }
     /* Readable when every thread has exited, reaped or not: the state letter
      * of /proc would also say Z when only the main thread is gone. */
-    struct pollfd p = {.fd = fd, .events = POLLIN};
-    return poll(&p, 1, 0) <= 0;
+    return !lb_readable(fd, 0);
 }
 
 /* ------------------------------------------------ what SIGKILL leaves behind */

@@ -4,7 +4,6 @@
  */
 #include "migrate/out_internal.h"
 
-#include <poll.h>
 #include <string.h>
 
 #define GO_POLL_MS 100
@@ -62,13 +61,12 @@ static int keep_alive(struct out *o, struct lb_error *err)
 
 int lb_out_wait_go(struct out *o, struct lb_error *err)
 {
-    struct pollfd go = {.fd = o->env->go_fd, .events = POLLIN};
     uint64_t began = lb_now_ns(), said = began;
 
     if (!o->opts->wait_go)
         return 0;
     lb_out_move(o, S_READY);
-    while (poll(&go, 1, GO_POLL_MS) <= 0) {
+    while (!lb_readable(o->env->go_fd, GO_POLL_MS)) {
         if (lb_tx_check_interrupt(&o->tx, err))
             return -1;
         if (lb_now_ns() - said < KEEPALIVE_NS)

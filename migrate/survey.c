@@ -7,7 +7,6 @@
  * it (some 0.2 ms). A VM that a session works on is not touched: what it dirtied the last time is in STATE_DIR/dirty.json, the rest is what
  * the files and /proc say.
  */
-#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -31,9 +30,7 @@ struct survey {
 
 static bool cancelled(struct survey *s)
 {
-    struct pollfd p = {.fd = s->o->cancel_fd, .events = POLLIN};
-
-    if (s->o->cancel_fd >= 0 && poll(&p, 1, 0) > 0)
+    if (lb_readable(s->o->cancel_fd, 0))
         s->cancelled = true;
     return s->cancelled;
 }

@@ -118,13 +118,12 @@ static void *watcher_main(void *arg)
 /* An error that only says "connection aborted" hides who aborted and why. */
 int lb_tx_explain(struct lb_tx *t, struct lb_error *err)
 {
-    struct pollfd p = {.fd = t->env->cancel_fd, .events = POLLIN};
     struct lb_error why = LB_ERROR_INIT;
     bool cancelled;
 
     pthread_mutex_lock(&t->mu);
     /* A connect that watches the descriptor itself may be ahead of the watcher thread. */
-    cancelled = t->cancelled || (!t->decided && poll(&p, 1, 0) > 0);
+    cancelled = t->cancelled || (!t->decided && lb_readable(t->env->cancel_fd, 0));
     pthread_mutex_unlock(&t->mu);
     if (cancelled) {
         lb_fail(err, LB_E_CANCELLED, "%s of %s cancelled", t->what, t->entry->name);

@@ -13,7 +13,6 @@
 #include "remus/backup_internal.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 
 #define SLICE_NS UINT64_C(10000000)
@@ -22,13 +21,6 @@
 #define STATUS_NS UINT64_C(100000000)
 #define RATE_NS UINT64_C(1000000000)
 #define YIELD_NS UINT64_C(5000000000)
-
-bool lb_bk_readable(int fd)
-{
-    struct pollfd p = {.fd = fd, .events = POLLIN};
-
-    return fd >= 0 && poll(&p, 1, 0) == 1 && (p.revents & POLLIN);
-}
 
 /* --------------------------------------------------------------- control reader */
 
@@ -174,7 +166,7 @@ int lb_bk_check(struct lb_bk *b, struct lb_error *err)
     struct lb_journal j = {0};
     uint64_t now = lb_now_ns();
 
-    if (lb_bk_readable(b->env->base.cancel_fd))
+    if (lb_readable(b->env->base.cancel_fd, 0))
         return lb_fail(err, LB_E_CANCELLED, "cancelled on the backup host");
     if (now - b->checked_ns < CHECK_NS)
         return 0;
@@ -314,7 +306,7 @@ static int await_word(struct lb_bk *b, struct lb_error *err)
         lb_bk_status(b, false);
         if (lb_bk_check(b, err))
             return -1;
-        if (lb_bk_readable(b->env->failover_fd) && on_failover(b))
+        if (lb_readable(b->env->failover_fd, 0) && on_failover(b))
             return 0;
         lb_rx_wait(&b->rx, lb_rx_events(&b->rx), lb_now_ns() + SLICE_NS);
     }
@@ -435,7 +427,7 @@ int lb_bk_follow(struct lb_bk *b, struct lb_error *err)
         }
         if (lb_bk_check(b, err))
             return -1;
-        if (lb_bk_readable(b->env->failover_fd))
+        if (lb_readable(b->env->failover_fd, 0))
             on_failover(b);
         lb_bk_status(b, false);
         more = step(b, why, err);

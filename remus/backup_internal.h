@@ -96,8 +96,6 @@ int lb_bk_check(struct lb_bk *b, struct lb_error *err);
 void lb_bk_status(struct lb_bk *b, bool now);
 /* For status and log. */
 void lb_bk_note(struct lb_bk *b, const char *fmt, ...) LB_PRINTF(2, 3);
-/* Readable? -1: never. */
-bool lb_bk_readable(int fd);
 
 /* --- backup_promote.c */
 /* Load the last complete epoch; the disks are free for the guest afterwards; the record says PROMOTING. */

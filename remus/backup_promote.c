@@ -115,7 +115,7 @@ static int meanwhile(struct lb_bk *b, const struct lb_error *why, struct lb_erro
 
     if (lb_bk_said(b).discard)
         return 2;
-    if (lb_bk_readable(b->env->failover_fd) &&
+    if (lb_readable(b->env->failover_fd, 0) &&
         read(b->env->failover_fd, &count, sizeof(count)) == sizeof(count) &&
         *b->env->failover_force) {
         lb_log(LB_LOG_WARN, "an operator vouches for the death of host %s", b->rx.peer);

@@ -9,7 +9,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -122,20 +121,6 @@ void lb_disk_child_unlink(struct lb_disk_child *c)
     c->socket[0] = '\0';
 }
 
-static bool ended(const struct lb_disk_child *c, unsigned wait_ms)
-{
-    uint64_t until = lb_now_ns() + (uint64_t)wait_ms * 1000000;
-    for (;;) {
-        struct pollfd p = {.fd = c->pidfd, .events = POLLIN};
-        uint64_t now = lb_now_ns();
-        int n = poll(&p, 1, now >= until ? 0 : (int)((until - now + 999999) / 1000000));
-        if (n > 0)
-            return true;
-        if (n == 0 || errno != EINTR)
-            return false;
-    }
-}
-
 /* The end of what it said, on one line. */
 static void last_words(const struct lb_disk_child *c, char text[LAST_WORDS])
 {
@@ -157,7 +142,7 @@ int lb_disk_child_failed(struct lb_disk_child *c, unsigned wait_ms, struct lb_er
     char words[LAST_WORDS], how[48] = "does not work";
     siginfo_t info = {0};
     /* not reaped: the pid stays ours until lb_disk_child_end */
-    if (ended(c, wait_ms) && waitid(P_PID, (id_t)c->pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 &&
+    if (lb_readable(c->pidfd, wait_ms) && waitid(P_PID, (id_t)c->pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 &&
         info.si_pid == c->pid)
         snprintf(how, sizeof(how), info.si_code == CLD_EXITED ? "ended with status %d" : "was killed by signal %d",
                  info.si_status);
@@ -171,9 +156,9 @@ void lb_disk_child_end(struct lb_disk_child *c, unsigned grace_ms)
     lb_disk_child_unlink(c);
     if (c->pid <= 0)
         return;
-    if (!ended(c, grace_ms)) {
+    if (!lb_readable(c->pidfd, grace_ms)) {
         kill(c->pid, SIGTERM);
-        if (!ended(c, TERM_MS))
+        if (!lb_readable(c->pidfd, TERM_MS))
             kill(c->pid, SIGKILL);
     }
     while (waitpid(c->pid, NULL, 0) < 0 && errno == EINTR)

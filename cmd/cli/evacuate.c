@@ -6,7 +6,6 @@
  */
 #include "cmd/cli/evacuate.h"
 
-#include <poll.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -40,20 +39,13 @@ static bool on_event(const json_t *ev, const char *text, void *arg)
     return true;
 }
 
-static bool interrupted(int sigint_fd, int wait_ms)
-{
-    struct pollfd p = {.fd = sigint_fd, .events = POLLIN};
-
-    return poll(&p, 1, wait_ms) == 1;
-}
-
 /* Whether the daemon answers again; false when it does not, or on Ctrl-C. */
 static bool daemon_returns(struct following *w, int sigint_fd)
 {
     if (!w->cli->json)
         lb_evac_view_wipe(w->view);
     fprintf(stderr, "lifeboat: lifeboatd has gone away; what it has begun goes on. Waiting for it\n");
-    for (int ms = 0; ms < DAEMON_AWAY_MS && !interrupted(sigint_fd, DAEMON_LOOK_MS); ms += DAEMON_LOOK_MS) {
+    for (int ms = 0; ms < DAEMON_AWAY_MS && !lb_readable(sigint_fd, DAEMON_LOOK_MS); ms += DAEMON_LOOK_MS) {
         int fd = lb_unix_connect(w->cli->socket, NULL);
 
         if (fd >= 0) {
@@ -106,7 +98,7 @@ int lb_evac_follow(struct lb_cli *cli, const Lb__RpcRequest *r, const Lb__RpcReq
     }
     if (text) {
         rc = judge(&w, text);
-    } else if (interrupted(sigint_fd, 0)) {
+    } else if (lb_readable(sigint_fd, 0)) {
         rc = detached(&w, goes_on);
     } else {
         lb_evac_view_wipe(w.view);

@@ -1,7 +1,6 @@
 /* cmd/cli/top.c - lifeboat top: what protects the VMs of this host, drawn again and again. */
 #include "cmd/cli/cli.h"
 
-#include <poll.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -81,15 +80,14 @@ static void show(const json_t *o)
 /* The whole screen, without a flicker: over what is there, then the rest is wiped. */
 static int live(struct lb_cli *cli, const Lb__RpcRequest *r, unsigned interval_ms)
 {
-    struct pollfd p = {.fd = lb_catch_sigint(), .events = POLLIN};
-    int rc = 0;
+    int rc = 0, sigint_fd = lb_catch_sigint();
 
     fputs("\033[2J\033[?7l", stdout); /* long lines are cut */
     while (!rc) {
         fputs("\033[H\033[J", stdout);
         rc = lb_ask(cli, r, show);
         fflush(stdout);
-        if (!rc && poll(&p, 1, (int)interval_ms) != 0)
+        if (!rc && lb_readable(sigint_fd, interval_ms))
             break;
     }
     fputs("\033[?7h", stdout);

@@ -11,7 +11,6 @@
  *
  * Role "check" is here too: would a host take a protected VM (rehome.c)?
  */
-#include <poll.h>
 #include <string.h>
 
 #include "cmd/daemon/session.h"
@@ -26,13 +25,6 @@
 #define SILENT_NS UINT64_C(30000000000)
 #define RPC_NS UINT64_C(10000000000)
 #define MAX_HOPS 4u
-
-static bool readable(int fd, int timeout_ms)
-{
-    struct pollfd p = {.fd = fd, .events = POLLIN};
-
-    return poll(&p, 1, timeout_ms) > 0;
-}
 
 /* ---------------------------------------------------------------------- who asks */
 
@@ -104,7 +96,7 @@ static int hear(struct asking *a, struct lb_chan *c, struct lb_ctl_queue *q, con
     int rc = 1;
 
     while (rc > 0) {
-        if (!a->cancel_sent && readable(lb_sess_cancel_fd(a->s), 0))
+        if (!a->cancel_sent && lb_readable(lb_sess_cancel_fd(a->s), 0))
             send_cancel(a, c);
         if (lb_ctl_queue_pop(q, &m, lb_now_ns() + POLL_MS * UINT64_C(1000000), NULL)) {
             if (lb_ctl_queue_ended(q, err))
@@ -324,7 +316,7 @@ static int serve(struct lb_chan *c, struct lb_ctl_queue *q, const char *socket, 
             cancelled = true;
             cancel_here(socket, asked);
         }
-        if (!readable(fd, POLL_MS)) {
+        if (!lb_readable(fd, POLL_MS)) {
             if (lb_now_ns() - said > ALIVE_NS && alive(c, err))
                 return -1;
             if (lb_now_ns() - said > ALIVE_NS)

@@ -11,7 +11,6 @@
 #include "cmd/daemon/session.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 
 #include "core/qemu/qemu.h"
@@ -150,11 +149,10 @@ struct joiner {
 static int join_tick(uint64_t done, uint64_t total, void *arg)
 {
     struct joiner *j = arg;
-    struct pollfd p = {.fd = lb_sess_cancel_fd(j->s), .events = POLLIN};
 
     (void)done;
     (void)total;
-    return poll(&p, 1, 0) > 0 ? -1 : 0;
+    return lb_readable(lb_sess_cancel_fd(j->s), 0) ? -1 : 0;
 }
 
 static int join_attach(struct joiner *j, struct lb_error *err)
@@ -287,9 +285,7 @@ static void on_progress(uint64_t done, uint64_t total, void *arg)
 
 static int check_cancel(const struct task *t, struct lb_error *err)
 {
-    struct pollfd p = {.fd = lb_sess_cancel_fd(t->s), .events = POLLIN};
-
-    return poll(&p, 1, 0) > 0 ? lb_fail(err, LB_E_CANCELLED, "cancelled") : 0;
+    return lb_readable(lb_sess_cancel_fd(t->s), 0) ? lb_fail(err, LB_E_CANCELLED, "cancelled") : 0;
 }
 
 /* ---- verify */

@@ -53,8 +53,7 @@ struct lb_qmp {
 
 bool lb_qemu_dead(int pidfd)
 {
-    struct pollfd p = {.fd = pidfd, .events = POLLIN};
-    return poll(&p, 1, 0) > 0;
+    return lb_readable(pidfd, 0);
 }
 
 static int fail_dead(struct lb_error *err, const char *doing)
@@ -66,8 +65,7 @@ static int fail_dead(struct lb_error *err, const char *doing)
 static int fail_closed(struct lb_qmp *q, struct lb_error *err, const char *doing)
 {
     /* the socket closes a moment before the process is gone */
-    struct pollfd p = {.fd = q->pidfd, .events = POLLIN};
-    if (poll(&p, 1, 200) > 0)
+    if (lb_readable(q->pidfd, 200))
         return fail_dead(err, doing);
     return lb_fail(err, LB_E_HV, "QEMU closed its monitor %s during %s", q->path, doing);
 }
@@ -193,11 +191,10 @@ int lb_qmp_drain(struct lb_qmp *q, struct lb_error *err)
         size_t len = 0;
         /* a deadline in the past: what is there already, and no error for nothing */
         struct lb_error why = LB_ERROR_INIT;
-        struct pollfd p = {.fd = q->fd, .events = POLLIN};
-        if (!memchr(q->rx, '\n', q->rx_len) && poll(&p, 1, 0) <= 0)
+        if (!memchr(q->rx, '\n', q->rx_len) && !lb_readable(q->fd, 0))
             return 0;
         if (read_line(q, 0, "nothing", &line, &len, &why) < 0) {
-            if (poll(&p, 1, 0) <= 0)
+            if (!lb_readable(q->fd, 0))
                 return 0; /* the rest of a line is on its way */
             if (err)
                 *err = why;
@@ -448,8 +445,7 @@ int lb_qmp_open(const char *path, pid_t expect_pid, int pidfd, uint64_t retry_un
                 *err = why;
             return -1;
         }
-        struct pollfd p = {.fd = pidfd, .events = POLLIN};
-        poll(&p, 1, 1);
+        lb_readable(pidfd, 1);
     }
     struct lb_qmp *q = lb_alloc(sizeof(*q));
     q->fd = fd;

@@ -413,7 +413,7 @@ static int read_until(int cancel_fd, const struct machine *want)
 {
     unsigned times = 0;
     struct lb_error err = LB_ERROR_INIT;
-    while (!lb_cancelled(cancel_fd)) { /* until the other end is closed */
+    while (!lb_readable(cancel_fd, 0)) { /* until the other end is closed */
         if (read_latest(want, &err)) {
             fprintf(stderr, "# reader: %s\n", err.message);
             return 1;

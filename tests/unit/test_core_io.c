@@ -125,6 +125,25 @@ static int open_fds(void)
     return n;
 }
 
+static void readable(void **state)
+{
+    (void)state;
+    int p[2];
+    char c;
+    assert_int_equal(pipe2(p, O_CLOEXEC), 0);
+    assert_false(lb_readable(-1, 0));
+    uint64_t start_ns = lb_now_ns();
+    assert_false(lb_readable(p[0], 20));
+    assert_true(lb_now_ns() - start_ns >= 20 * ms_ns);
+    assert_int_equal(write(p[1], "x", 1), 1);
+    assert_true(lb_readable(p[0], 0));
+    assert_int_equal(read(p[0], &c, 1), 1);
+    assert_false(lb_readable(p[0], 0));
+    close(p[1]); /* nothing more to come is also worth a read */
+    assert_true(lb_readable(p[0], 60000));
+    close(p[0]);
+}
+
 static void descriptors(void **state)
 {
     (void)state;
@@ -487,7 +506,8 @@ int main(void)
     signal(SIGPIPE, SIG_DFL); /* lb_write_all has to manage without */
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(whole_transfers), cmocka_unit_test(limits),
-        cmocka_unit_test(descriptors),     cmocka_unit_test(processes),
+        cmocka_unit_test(readable),        cmocka_unit_test(descriptors),
+        cmocka_unit_test(processes),
         cmocka_unit_test(main_thread_gone), cmocka_unit_test(command_line),
         cmocka_unit_test(killed_leaves_no_sockets),
         cmocka_unit_test(numbers),         cmocka_unit_test(addresses),
