@@ -694,6 +694,8 @@ static void test_wire_faults(void **state)
                 if (px.hit && !rc)
                     assert_int_equal(conn, 0);
                 clean("small");
+                if (!px.hit)
+                    break; /* so much is not sent on this connection */
             }
         }
     }
