@@ -17,6 +17,7 @@ Needs root and iproute2; Python's standard library only. Units are in the names;
 
 import atexit
 import ctypes
+import glob
 import json
 import os
 import re
@@ -856,15 +857,24 @@ class Rig:
                 data += piece
         return json.loads(data)
 
-    def wait_guest(self, ip=GUEST_IP, timeout_s=60):
-        """Waits until the guest is up and has stamped all its memory; returns its status."""
+    def wait_guest(self, ip=GUEST_IP, timeout_s=120):
+        """Waits until the guest is up and has stamped all its memory; returns its status. It takes seconds; a minute on a machine
+        with ten times the work it can do."""
         def ready():
             try:
                 status = self.guest_status(ip, timeout_s=1)
             except (OSError, RigError, ValueError):
                 return None
             return status if status["ready"] else None
-        return wait_for(ready, timeout_s, "the guest at %s being ready" % ip, 0.05)
+        try:
+            return wait_for(ready, timeout_s, "the guest at %s being ready" % ip, 0.05)
+        except RigError as error:
+            raise RigError("%s\n%s" % (error, self.serial_lines()))
+
+    def serial_lines(self):
+        """The end of what each guest said on its serial line, for a failure's message."""
+        paths = [path for host in self.hosts.values() for path in glob.glob(os.path.join(host.dir, "*.serial"))]
+        return "\n".join("==== %s\n%s" % (os.path.relpath(path, self.dir), read_tail(path, 400)) for path in paths)
 
     def ping(self, ip=GUEST_IP, count=1):
         """True when the guest answers. Done with our own packets: ping is not on every machine."""
