@@ -346,18 +346,15 @@ class Fleet(Rig):
         return found + self.cgroups()
 
     def cgroups(self):
-        """Control groups that Lifeboat made, as its daemons see them, and that nobody or a process of this rig uses."""
-        found = []
+        """Control groups that Lifeboat made, as its daemons see them: those of this rig's VMs, and those of VMs that are gone.
+        Others are of a test that runs beside this one."""
+        ours, found = {pid for host in self.hosts.values() for pid in host.pids()}, []
         for role, daemon in self.daemons.items():
             for top, folders, _ in os.walk("/proc/%d/root/sys/fs/cgroup" % daemon.proc.pid):
-                for path in (os.path.join(top, folder) for folder in folders if "lifeboat" in folder):
-                    try:
-                        with open(os.path.join(path, "cgroup.procs")) as f:
-                            pids = {int(line) for line in f}
-                    except OSError:
-                        continue
-                    if not pids or any(pid in host.pids() for host in self.hosts.values() for pid in pids):
-                        found.append("cgroup of %s: %s" % (role, path.split("/cgroup/", 1)[1]))
+                for folder in (folder for folder in folders if folder.startswith("lifeboat-")):
+                    pid = int(folder.split("-")[1])
+                    if pid in ours or not os.path.exists("/proc/%d" % pid):
+                        found.append("cgroup of %s: %s" % (role, os.path.join(top, folder).split("/cgroup/", 1)[1]))
         return found
 
     def nothing_left(self, t, role, what, name="vm", timeout_s=10, sockets=True):
