@@ -101,6 +101,12 @@ RDMA     := $(B)/rdma/initrd.img
 UNIT_T   := $(wildcard tests/unit/*.t)
 E2E_T    := $(wildcard tests/e2e/*.t)
 PROVE    := prove --timer --merge --failures --comments --exec tests/lib/tap.sh
+# Two at a time: they wait more than they compute. What takes longest begins first, or it would end alone.
+PROVE2   := $(PROVE) -j2
+first     = $(foreach n,$(2),$(filter %/$(n),$(1))) $(filter-out $(addprefix %/,$(2)),$(1))
+LONG     := test_migrate_fake test_bulk test_remus_fake test_ckpt_restore test_qemu_lazy test_qemu_overlay test_disk_qemu test_qemu_protect \
+	test_witness test_stage 17_evacuate.t 04_kill.t 05_badinput.t 11_checkpoint.t 03_machines.t 02_marathon.t
+SAN_BIN  := $(UNIT_BIN) $(addprefix $(O)/tests/integration/,test_migrate_fake test_ckpt_fake test_ckpt_restore_fake)
 export LB_BUILD := $(CURDIR)/$(O)
 export LIFEBOAT_PLUGIN_DIR := $(CURDIR)/$(O)
 export LB_GUEST := $(CURDIR)/$(B)/guest
@@ -134,6 +140,7 @@ unit: $(UNIT_BIN)
 integration: $(INTG_BIN)
 tools: $(TOOL_BIN)
 guest: $(GUEST) $(TINY)
+downloads: $(GUEST) $(TRIXIE) $(VECTORS)
 
 # The order matters on a fresh machine: packages before the first pkg-config.
 check: deps-check
@@ -142,12 +149,11 @@ check-all: check-lint check-unit check-fuzz check-integration check-softdirty ch
 check-lint:
 	$(Q)$(PROVE) tests/lint/*.sh
 check-unit: all unit $(VECTORS)
-	$(Q)$(PROVE) -j2 $(UNIT_BIN) $(UNIT_T)
-# two at a time: they wait more than they compute
+	$(Q)$(PROVE2) $(call first,$(UNIT_BIN) $(UNIT_T),$(LONG))
 check-integration: all integration $(GUEST)
-	$(Q)$(PROVE) -j2 $(INTG_BIN)
+	$(Q)$(PROVE2) $(call first,$(INTG_BIN),$(LONG))
 check-e2e: all tools $(GUEST) $(TINY) $(TRIXIE)
-	$(Q)$(PROVE) $(if $(T),$(wildcard tests/e2e/*$(T)*),$(E2E_T))
+	$(Q)$(PROVE2) $(call first,$(if $(T),$(wildcard tests/e2e/*$(T)*),$(E2E_T)),$(LONG))
 check-softdirty: all $(GUEST)
 	$(Q)$(PROVE) tests/softdirty/run.sh
 check-fuzz: $(O)/liblifeboat.a
@@ -155,8 +161,8 @@ check-fuzz: $(O)/liblifeboat.a
 # Unit and engine tests under a sanitizer: SAN=address,undefined (default) or thread
 check-san:
 	$(Q)$(MAKE) --no-print-directory SAN=$(or $(SAN),address$(comma)undefined) CFLAGS="-O1 -g" check-san-run
-check-san-run: unit integration $(VECTORS)
-	$(Q)$(PROVE) -j2 $(UNIT_BIN) $(addprefix $(O)/tests/integration/,test_migrate_fake test_ckpt_fake test_ckpt_restore_fake)
+check-san-run: $(SAN_BIN) $(VECTORS)
+	$(Q)$(PROVE2) $(call first,$(SAN_BIN),$(LONG))
 
 # RDMA between two machines: real ones where there is a device, else virtual ones with soft-RoCE
 check-rdma: deps-rdma
@@ -236,7 +242,7 @@ help:
 	@echo "install        DESTDIR= PREFIX=/usr/local"
 	@echo "clean          everything but the guest, the Debian 13 tree and the vectors"
 
-.PHONY: all unit integration tools guest check check-all check-lint check-unit check-integration check-e2e \
+.PHONY: all unit integration tools guest downloads check check-all check-lint check-unit check-integration check-e2e \
 	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-checkpoint bench-checkpoint-run bench-evacuate bench-evacuate-run \
 	bench-stage bench-store \
 	install format clean help
