@@ -55,8 +55,17 @@ static void forget_wishes(struct daemon *d, const char *name)
     lb_schedule_remove(d->opt.state_dir, name, NULL);
 }
 
-/* The name is free (a dead VM's is): take its lock. */
-static int reserve(struct daemon *d, const char *name, struct lb_error *err)
+static bool serves(int fd, pid_t pid)
+{
+    struct ucred cred;
+    socklen_t len = sizeof(cred);
+
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0 && cred.pid == pid;
+}
+
+/* The name is free (a dead VM's is): take its lock. adopted: the process that is to have the name, 0 for a new one;
+ * one that was released keeps its control socket under its old name, and may have that again. */
+static int reserve(struct daemon *d, const char *name, pid_t adopted, struct lb_error *err)
 {
     struct lb_error why = LB_ERROR_INIT;
     struct lb_vm_entry e;
@@ -74,9 +83,9 @@ static int reserve(struct daemon *d, const char *name, struct lb_error *err)
             return -1;
         }
         other = lb_unix_connect(qmp, &why);
-        if (other >= 0 || why.sys_errno == EAGAIN) { /* EAGAIN: there, and busy */
+        if ((other >= 0 && !(adopted && serves(other, adopted))) || why.sys_errno == EAGAIN) { /* EAGAIN: there, and busy */
             lb_fail(err, LB_E_EXISTS, "a released VM still runs in the directory of %s", name);
-            return lb_remedy(err, "`lifeboat adopt` it, or choose another name");
+            return lb_remedy(err, "`lifeboat adopt %s --pid` with its process, or choose another name", name);
         }
         forget_wishes(d, name);
         return LB_STEAL_FD(lock);
@@ -184,7 +193,7 @@ static char *op_run(struct daemon *d, const Lb__RpcRun *r, struct lb_error *err)
         lb_remedy(err, "use a shorter VM name or a shorter --state-dir");
         return NULL;
     }
-    LB_AUTO_FD int lock = reserve(d, r->name, err);
+    LB_AUTO_FD int lock = reserve(d, r->name, 0, err);
     if (lock < 0)
         return NULL;
     snprintf(e.name, sizeof(e.name), "%s", r->name);
@@ -249,7 +258,7 @@ static char *op_adopt(struct daemon *d, const Lb__RpcAdopt *r, struct lb_error *
     struct lb_hv_vm *vm = NULL;
     char *json = NULL;
 
-    LB_AUTO_FD int lock = reserve(d, r->name, err);
+    LB_AUTO_FD int lock = reserve(d, r->name, r->pid, err);
     if (lock < 0)
         return NULL;
     if (lb_proc_identify(r->pid, &e.proc, err)) {

@@ -376,9 +376,14 @@ else
     point "the VM is not a child of the daemon" $?
     failure "run of a name in use" 4 exists run vm -- $qemu
     failure "adopt of a name in use" 4 exists adopt vm --pid "$pid"
+    a "release of a VM that was started here" 0 release vm
+    failure "its name is not free" 4 exists run vm -- $qemu "${machine[@]}"
+    failure "nor for another process" 4 exists adopt vm --pid $$
+    a "adopt under the name it had" 0 adopt vm --pid "$pid" --json
+    json_has "o['pid'] == $pid and o['qmp'] == '$dir/a/vms/vm/qmp.sock'"
     failure "adopt of a VM that is known" 4 exists adopt vm2 --pid "$pid"
     a "ls" 0 ls --json
-    json_has "[(v['name'], v['state'], v['origin']) for v in o['vms']] == [('vm', 'running', 'run')]"
+    json_has "[(v['name'], v['state'], v['origin']) for v in o['vms']] == [('vm', 'running', 'adopted')]"
     a "status" 0 status vm --json
     json_has "o['running'] is True and o['session'] is None and o['pid'] == $pid"
     a "status for people" 0 status vm
