@@ -219,6 +219,14 @@ install: all
 	for u in session-.scope machine-.scope user@.service; do \
 		install -D -m 644 cmd/daemon/stops-after-suspend.conf $(DESTDIR)$(UNITDIR)/$$u.d/lifeboat.conf; done
 	install -m 644 cmd/cli/lifeboat.bash-completion $(DESTDIR)$(COMPDIR)/lifeboat
+uninstall:
+	rm -rf $(DESTDIR)$(LIBDIR)
+	rm -f $(addprefix $(DESTDIR)$(BINDIR)/,lifeboat lifeboatd) $(DESTDIR)$(COMPDIR)/lifeboat \
+		$(patsubst cmd/cli/%,$(DESTDIR)$(MANDIR)/man1/%,$(wildcard cmd/cli/*.1)) \
+		$(patsubst cmd/daemon/%,$(DESTDIR)$(MANDIR)/man5/%,$(wildcard cmd/daemon/*.5)) \
+		$(patsubst cmd/daemon/%,$(DESTDIR)$(MANDIR)/man8/%,$(wildcard cmd/daemon/*.8)) \
+		$(patsubst cmd/daemon/%,$(DESTDIR)$(UNITDIR)/%,$(wildcard cmd/daemon/*.service)) \
+		$(patsubst %,$(DESTDIR)$(UNITDIR)/%.d/lifeboat.conf,session-.scope machine-.scope user@.service)
 
 format:
 	clang-format -i $(LIB_SRC) $(CLI_SRC) $(DMN_SRC) $(CMN_SRC)
@@ -239,12 +247,12 @@ help:
 	@echo "bench-evacuate (root) a host of a hundred VMs is emptied, at the planned and at fixed concurrency [BENCH_ARGS='--vms 20 --runs 1']"
 	@echo "bench-stage    microseconds per page and bytes on the wire of an epoch [BENCH_ARGS='EPOCHS PAGES']"
 	@echo "bench-store    megabytes per second of writing a checkpoint [BENCH_ARGS='MIB THREADS']"
-	@echo "install        DESTDIR= PREFIX=/usr/local"
+	@echo "install        DESTDIR= PREFIX=/usr/local; uninstall removes what it put there"
 	@echo "clean          everything but the guest, the Debian 13 tree and the vectors"
 
 .PHONY: all unit integration tools guest downloads check check-all check-lint check-unit check-integration check-e2e \
 	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-checkpoint bench-checkpoint-run bench-evacuate bench-evacuate-run \
 	bench-stage bench-store \
-	install format clean help
+	install uninstall format clean help
 .SECONDARY:
 -include $(shell find $(O)/obj $(O)/tests -type f -name '*.d' 2>/dev/null)
