@@ -16,7 +16,8 @@
 #define REPAIR_TRIES 4096u   /* hosts looked at to make room for one unit */
 #define REASONS 4u           /* hosts named when a VM fits nowhere */
 
-enum why { FITS, WRONG_CPU, LACKS_FEATURE, LACKS_TAG, HAS_TAG, NOT_TOGETHER, NOT_APART, TOO_HOT, LACKS_MEMORY };
+enum why { FITS, WRONG_CPU, LACKS_FEATURE, LACKS_TAG, HAS_TAG, NOT_TOGETHER, NOT_APART, RUNS_IT, TOO_HOT,
+           LACKS_MEMORY };
 struct verdict {
     enum why why;
     uint32_t what;           /* word or VM */
@@ -453,6 +454,9 @@ static void say(FILE *f, const struct place *p, const struct refusal *r)
     case NOT_APART:
         fprintf(f, "runs %s, from which it is to be apart", inv->vms[r->v.what].name);
         break;
+    case RUNS_IT:
+        fprintf(f, "runs it itself");
+        break;
     case TOO_HOT:
         fprintf(f, "has no link as fast as memory is dirtied");
         break;
@@ -554,10 +558,17 @@ static struct verdict backup_fits(const struct place *p, uint32_t vm, uint32_t h
     uint64_t free_bytes = room(p, h);
 
     if (h == p->where[vm])
-        return (struct verdict){NOT_APART, vm, 0};
+        return (struct verdict){RUNS_IT, vm, 0};
     if (v->memory_bytes > free_bytes)
         return (struct verdict){LACKS_MEMORY, 0, v->memory_bytes - free_bytes};
     return vm_suits(p->inv, vm, h);
+}
+
+static const char *remedy_of_backup(const struct place *p, uint32_t vm)
+{
+    if (p->where[vm] == p->inv->vms[vm].backup)
+        return "allow one more host, or make room; where it runs then, its protection looks for one by itself as well";
+    return "it keeps the old one: allow one more host, make room, or end its protection";
 }
 
 static void place_backup(struct place *p, struct lb_plan *plan, uint32_t vm)
@@ -581,7 +592,7 @@ static void place_backup(struct place *p, struct lb_plan *plan, uint32_t vm)
         }
     }
     if (best == LB_INV_NONE) {
-        lb_plan_add_stay(plan, vm, true, refusals(p, list, p->n_targets), "make room, or end its protection");
+        lb_plan_add_stay(plan, vm, true, refusals(p, list, p->n_targets), remedy_of_backup(p, vm));
         return;
     }
     free(list);

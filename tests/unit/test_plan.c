@@ -320,6 +320,8 @@ static void test_reasons(void **state)
                VM("w", "a", "1G", ",\"together\":[\"g\"],\"blockers\":[{\"message\":\"has a card\"}]")), NULL, "together with w, which cannot leave: has a card");
     expect(INV(HOST("a", "8G", "") "," HOST("b", "64G", ""), VM("v", "a", "4G", ",\"together\":[\"g\"],\"apart\":[\"h\"]") ","
                VM("w", "a", "1G", ",\"together\":[\"g\"],\"apart\":[\"h\"]")), NULL, "apart from w and together with it");
+    /* swapped with its only possible backup */
+    expect(INV(HOST("a", "8G", "") "," HOST("b", "8G", ""), VM("v", "a", "2G", ",\"backup\":\"b\"")), "b", "host b runs it itself");
 }
 
 /* Spreading v1 and v2 first leaves no 4 GiB for v3; packing or repair does. */
