@@ -387,15 +387,53 @@ static bool needs_plan(const struct lb_evac_item *it)
     return !ended(it) && (it->replan || (!it->to[0] && it->kind != LB_EVAC_SUSPEND && it->kind != LB_EVAC_RESUME));
 }
 
-/* The plan says nothing of it: it has left already, or it stays. */
+/* The plan says nothing of it: it has left already, or it stays. Of a VM that runs elsewhere, and has lost its
+ * backup meanwhile, no plan knows that it needs one. */
 static void not_in_plan(struct lb_evac_item *it)
 {
+    if (it->kind == LB_EVAC_BACKUP && it->to[0] && it->tries < LB_EVAC_TRIES) {
+        it->replan = false;
+        return;
+    }
     if (!it->error.code)
         it->error = (struct lb_error){.code = LB_E_STATE, .message = "it was not there when this was planned",
                                       .remedy = "evacuate again"};
     it->tries = LB_EVAC_TRIES;
     it->replan = false;
     it->unsettled = true;
+}
+
+static bool plans_backup(const json_t *plan, const char *vm)
+{
+    static const char *const lists[] = {"steps", "stays"};
+    const json_t *v;
+    size_t i;
+
+    for (size_t k = 0; k < LB_ARRAY_LEN(lists); k++)
+        json_array_foreach (json_object_get(plan, lists[k]), i, v)
+            if (!strcmp(json_string_value(json_object_get(v, "vm")), vm) &&
+                (k ? json_is_true(json_object_get(v, "backup"))
+                   : !strcmp(json_string_value(json_object_get(v, "kind")), "backup")))
+                return true;
+    return false;
+}
+
+/* Of a VM that is still here the plan knows what backup it has: one that was planned before may not be needed any more, as
+ * the VM goes to just that host now. */
+static void forget_backups(struct lb_evac *e, const json_t *plan)
+{
+    unsigned n = 0;
+
+    for (unsigned i = 0; i < e->n_items; i++) {
+        struct lb_evac_item *it = &e->items[i], *m = lb_evac_mover(e, it->vm);
+
+        if (it->kind == LB_EVAC_BACKUP && !at_work(it) && !ended(it) && m && !at_work(m) && !ended(m) &&
+            !plans_backup(plan, it->vm))
+            lb_strv_free(it->excluded);
+        else
+            e->items[n++] = *it;
+    }
+    e->n_items = n;
 }
 
 int lb_evac_planned(struct lb_evac *e, const json_t *plan, uint64_t now_ms, struct lb_error *err)
@@ -421,6 +459,7 @@ int lb_evac_planned(struct lb_evac *e, const json_t *plan, uint64_t now_ms, stru
         take_step(e, v);
     json_array_foreach (json_object_get(plan, "stays"), i, v)
         take_stay(e, v, now_ms);
+    forget_backups(e, plan);
     for (unsigned k = 0; !again && k < e->n_items; k++)
         if (!at_work(&e->items[k]) && needs_plan(&e->items[k]))
             not_in_plan(&e->items[k]);
@@ -585,8 +624,12 @@ enum blame {
     OPERATOR,    /* nowhere */
 };
 
-static enum blame blame_of(enum lb_errcode code)
+static enum blame blame_of(const struct lb_evac_item *it)
 {
+    enum lb_errcode code = it->error.code;
+
+    if (it->kind == LB_EVAC_SWAP && (code == LB_E_NOT_FOUND || code == LB_E_AUTH))
+        return NOBODY; /* the backup is not there any more: a copy may still go there */
     switch (code) {
     case LB_E_HV:
     case LB_E_PROTO:
@@ -616,7 +659,7 @@ static bool has_choice(const struct lb_evac_item *it)
 static void judge(struct lb_evac *e, struct lb_evac_item *it, bool sent, uint64_t now)
 {
     bool hot = it->error.code == LB_E_NO_CONVERGE;
-    enum blame b = blame_of(it->error.code);
+    enum blame b = blame_of(it);
 
     snprintf(it->message, sizeof(it->message), "%s", it->error.message);
     snprintf(it->remedy, sizeof(it->remedy), "%s", it->error.remedy);

@@ -32,6 +32,7 @@
  *   hv, proto             elsewhere; the same host if there is no other
  *   preflight, no-space, exists, auth, unsupported, not-found
  *                         elsewhere
+ *                         (of a swap not-found and auth: its backup is gone; the same host, later, as a copy)
  *   no-converge           alone, with what `hot` allows: throttled, or paused for its last part; then LEFT
  *   cancelled (by an operator), usage
  *                         LEFT

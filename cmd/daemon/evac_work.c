@@ -318,6 +318,15 @@ static bool may_begin(struct daemon *d, struct lb_evac_item *it)
     return false;
 }
 
+/* Backups come and go after the plan was made: to the host where it is complete now, the VM swaps; to any other it is copied. */
+static void fit_kind(struct lb_evac_item *it, const struct session *s)
+{
+    bool swaps = is(s, "protect") && s->protected_ns && !strcmp(s->peer, it->to);
+
+    if (it->kind == LB_EVAC_COPY || it->kind == LB_EVAC_SWAP)
+        it->kind = swaps ? LB_EVAC_SWAP : LB_EVAC_COPY;
+}
+
 void lb_evac_do_begin(struct daemon *d, struct lb_evac_item *it)
 {
     struct lb_evac *e = d->evacuation->e;
@@ -327,18 +336,14 @@ void lb_evac_do_begin(struct daemon *d, struct lb_evac_item *it)
     if (!may_begin(d, it))
         return;
     s = lb_session_of_vm(d, it->vm);
+    fit_kind(it, s);
     if (!comes_here(it) && lb_maintenance_note(d, it, true, &err)) {
         lb_evac_ended(e, it, &err, lb_evac_now_ms());
         return;
     }
-    if (it->kind == LB_EVAC_COPY && is(s, "protect")) {
-        if (strcmp(s->peer, it->to)) {
-            begin_protected_copy(d, it);
-            return;
-        }
-        it->kind = LB_EVAC_SWAP; /* it has become its backup since the plan was made */
-    }
-    if (!spawn(d, it, &err))
+    if (it->kind == LB_EVAC_COPY && is(s, "protect"))
+        begin_protected_copy(d, it);
+    else if (!spawn(d, it, &err))
         lb_evac_ended(e, it, &err, lb_evac_now_ms());
 }
 

@@ -749,6 +749,89 @@ static void test_backup(void **state)
     json_decref(plan);
 }
 
+static json_t *plan_of(json_t *steps)
+{
+    return json_pack("{s:s, s:f, s:i, s:o, s:[], s:[]}", "id", "x", "makespan_s", 10.0, "parallel", 2, "steps", steps, "stays",
+                     "hosts");
+}
+
+static void new_plan(struct lb_evac *e, json_t *steps, uint64_t now)
+{
+    json_t *plan = plan_of(steps);
+
+    assert_int_equal(lb_evac_planned(e, plan, now, NULL), 0);
+    json_decref(plan);
+}
+
+/* It was to swap and get c as its backup; planned anew it goes to c and keeps the backup that it has. */
+static void test_backup_not_needed(void **state)
+{
+    struct lb_evac *e = lb_evac_new("a", &plain, false);
+    struct lb_evac_order o;
+    (void)state;
+
+    new_plan(e, json_pack("[o, o, o]", plan_step("v", "swap", "a", "b", 5, 0), plan_step("v", "backup", "b", "c", 6, 0),
+                          plan_step("w", "backup", "d", "c", 7, 0)), 1);
+    new_plan(e, json_pack("[o]", plan_step("v", "copy", "a", "c", 5, 0)), 2);
+    assert_null(lb_evac_find(e, "v", LB_EVAC_BACKUP));
+    assert_non_null(lb_evac_find(e, "w", LB_EVAC_BACKUP)); /* it runs elsewhere: perhaps nobody could say what it has */
+    assert_int_equal(e->n_items, 2);
+    lb_evac_start(e, 2, 2);
+    while (lb_evac_next(e, 2, &o))
+        assert_string_equal(o.item->to, "c");
+    lb_evac_free(e);
+}
+
+/* The new backup was refused when the old one had been given up: no plan knows of it, and it is tried again. */
+static void test_backup_again(void **state)
+{
+    struct lb_error silent = {.code = LB_E_PREFLIGHT, .message = "no room"};
+    struct lb_evac *e = lb_evac_new("a", &plain, false);
+    unsigned begun = 0;
+    struct lb_evac_order o;
+    (void)state;
+
+    new_plan(e, json_pack("[o]", plan_step("v", "backup", "b", "c", 0, 0)), 1);
+    lb_evac_start(e, 1, 1);
+    for (uint64_t now = 1; !lb_evac_over(e) && now < 100000; now += 250)
+        while (lb_evac_next(e, now, &o))
+            if (o.what == LB_EVAC_DO_PLAN) {
+                new_plan(e, json_array(), now);
+            } else if (o.what == LB_EVAC_DO_BEGIN) {
+                begun++;
+                lb_evac_ended(e, o.item, begun < 3 ? &silent : NULL, now);
+            }
+    assert_int_equal(begun, 3);
+    assert_int_equal(e->phase, LB_EVAC_FINISHED);
+    lb_evac_free(e);
+}
+
+/* The backup that was to take it over is gone: that says nothing against its host. What else fails there does. */
+static void test_swap_without_backup(void **state)
+{
+    struct lb_error gone = {.code = LB_E_NOT_FOUND, .message = "there is no VM of that name here"};
+    struct lb_evac *e = lb_evac_new("a", &plain, false);
+    struct lb_evac_item *v, *w;
+    struct lb_evac_order o;
+    (void)state;
+
+    new_plan(e, json_pack("[o, o]", plan_step("v", "swap", "a", "b", 0, 0), plan_step("w", "copy", "a", "b", 0, 0)), 1);
+    lb_evac_start(e, 1, 1);
+    while (lb_evac_next(e, 1, &o))
+        assert_int_equal(o.what, LB_EVAC_DO_BEGIN);
+    v = lb_evac_find(e, "v", LB_EVAC_SWAP);
+    w = lb_evac_find(e, "w", LB_EVAC_COPY);
+    lb_evac_ended(e, v, &gone, 2);
+    lb_evac_settled(e, v, 2);
+    assert_null(v->excluded);
+    assert_false(v->replan);
+    assert_true(v->retry_ms > 2 && v->retry_ms < 60000);
+    lb_evac_ended(e, w, &gone, 2);
+    lb_evac_settled(e, w, 2);
+    assert_string_equal(w->excluded[0], "b");
+    lb_evac_free(e);
+}
+
 /* The other way: each from where it is; what refuses stays there. */
 static void test_return(void **state)
 {
@@ -1006,6 +1089,8 @@ int main(void)
         cmocka_unit_test(test_no_plan),   cmocka_unit_test(test_eta),
         cmocka_unit_test(test_event),     cmocka_unit_test(test_damage),
         cmocka_unit_test(test_bad_plans), cmocka_unit_test(test_file),
+        cmocka_unit_test(test_swap_without_backup),
+        cmocka_unit_test(test_backup_not_needed), cmocka_unit_test(test_backup_again),
     };
     return cmocka_run_group_tests_name("evacuate", tests, NULL, NULL);
 }
