@@ -25,7 +25,8 @@ enum lb_plan_hot { LB_PLAN_THROTTLE, LB_PLAN_SUSPEND, LB_PLAN_LEAVE };
 
 struct lb_plan_opts {
     struct lb_inv_set evacuate;  /* hosts; at least one */
-    struct lb_inv_set to;        /* n 0: every host that is not emptied and not in maintenance */
+    /* n 0: every host that is not emptied and not in maintenance. Of new backups only those that fit there. */
+    struct lb_inv_set to;
     uint32_t parallel;           /* transfers at once out of a host; 0: the best */
     enum lb_plan_hot hot;
 };

@@ -39,6 +39,7 @@ struct place {
     const struct lb_plan_opts *opts;
     struct groups together, apart;
     uint32_t *targets, n_targets;
+    uint32_t *others, n_others; /* that were not asked for, but could take VMs */
     uint64_t *load;          /* per host, as planned so far */
     double *incoming;        /* per host, bytes to be sent to it */
     uint32_t *where;         /* per VM, as planned so far */
@@ -567,32 +568,44 @@ static struct verdict backup_fits(const struct place *p, uint32_t vm, uint32_t h
 static const char *remedy_of_backup(const struct place *p, uint32_t vm)
 {
     if (p->where[vm] == p->inv->vms[vm].backup)
-        return "allow one more host, or make room; where it runs then, its protection looks for one by itself as well";
-    return "it keeps the old one: allow one more host, make room, or end its protection";
+        return "trust one more host, or make room; where it runs then, its protection looks for one by itself as well";
+    return "it keeps the old one: trust one more host, make room, or end its protection";
 }
 
-static void place_backup(struct place *p, struct lb_plan *plan, uint32_t vm)
+/* The best of them; LB_INV_NONE: none. Appends to list why. */
+static uint32_t best_backup(const struct place *p, uint32_t vm, const uint32_t *hosts, uint32_t n, struct refusal *list)
 {
-    const struct lb_inv_vm *v = &p->inv->vms[vm];
-    struct refusal *list = lb_alloc((p->n_targets + 1) * sizeof(*list));
+    uint64_t bytes = p->inv->vms[vm].memory_bytes;
     uint32_t best = LB_INV_NONE;
     double best_score = INFINITY;
 
-    for (uint32_t t = 0; t < p->n_targets; t++) {
-        uint32_t h = p->targets[t];
+    for (uint32_t t = 0; t < n; t++) {
+        uint32_t h = hosts[t];
         double s;
 
         list[t] = (struct refusal){h, backup_fits(p, vm, h)};
         if (list[t].v.why != FITS)
             continue;
-        s = score(p, v->memory_bytes, v->memory_bytes, h);
+        s = score(p, bytes, bytes, h);
         if (s < best_score) {
             best_score = s;
             best = h;
         }
     }
+    return best;
+}
+
+/* Hosts that were not asked for are better than none: where VMs run is what was asked. */
+static void place_backup(struct place *p, struct lb_plan *plan, uint32_t vm)
+{
+    const struct lb_inv_vm *v = &p->inv->vms[vm];
+    struct refusal *list = lb_alloc((p->n_targets + p->n_others + 1) * sizeof(*list));
+    uint32_t best = best_backup(p, vm, p->targets, p->n_targets, list);
+
+    if (best == LB_INV_NONE)
+        best = best_backup(p, vm, p->others, p->n_others, list + p->n_targets);
     if (best == LB_INV_NONE) {
-        lb_plan_add_stay(plan, vm, true, refusals(p, list, p->n_targets), remedy_of_backup(p, vm));
+        lb_plan_add_stay(plan, vm, true, refusals(p, list, p->n_targets + p->n_others), remedy_of_backup(p, vm));
         return;
     }
     free(list);
@@ -636,8 +649,12 @@ static void prepare(struct place *p)
         bool asked = !p->opts->to.n || lb_inv_has(&p->opts->to, h);
 
         p->load[h] = inv->hosts[h].used_bytes;
-        if (asked && !inv->hosts[h].maintenance && !lb_inv_has(&p->opts->evacuate, h))
+        if (inv->hosts[h].maintenance || lb_inv_has(&p->opts->evacuate, h))
+            continue;
+        if (asked)
             p->targets[p->n_targets++] = h;
+        else
+            p->others[p->n_others++] = h;
     }
     for (uint32_t v = 0; v < inv->n_vms; v++) {
         const struct lb_inv_vm *vm = &inv->vms[v];
@@ -658,7 +675,7 @@ static void prepare(struct place *p)
 void lb_plan_place(const struct lb_inventory *inv, const struct lb_plan_opts *opts, struct lb_plan *plan)
 {
     size_t hosts = (size_t)inv->n_hosts + 1, vms = (size_t)inv->n_vms + 1;
-    LB_AUTO_FREE uint32_t *per_host = lb_alloc(3 * hosts * sizeof(uint32_t));
+    LB_AUTO_FREE uint32_t *per_host = lb_alloc(4 * hosts * sizeof(uint32_t));
     LB_AUTO_FREE uint32_t *per_vm = lb_alloc(4 * vms * sizeof(uint32_t));
     LB_AUTO_FREE double *incoming = lb_alloc(hosts * sizeof(double));
     LB_AUTO_FREE struct unit *units = lb_alloc(vms * sizeof(struct unit));
@@ -667,6 +684,7 @@ void lb_plan_place(const struct lb_inventory *inv, const struct lb_plan_opts *op
     p.targets = per_host;
     p.mark = per_host + hosts;
     p.mark_vm = per_host + 2 * hosts;
+    p.others = per_host + 3 * hosts;
     p.where = per_vm;
     p.unit_of = per_vm + vms;
     p.members = per_vm + 2 * vms;

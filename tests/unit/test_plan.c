@@ -54,14 +54,14 @@ static bool share(const struct lb_inv_set *a, const struct lb_inv_set *b)
     return false;
 }
 
-static void check_host_suits(const struct lb_inventory *inv, const struct lb_plan_opts *o, uint32_t vm, uint32_t h)
+static void check_host_suits(const struct lb_inventory *inv, const struct lb_plan_opts *o, uint32_t vm, uint32_t h, bool backup)
 {
     const struct lb_inv_vm *v = &inv->vms[vm];
     const struct lb_inv_host *host = &inv->hosts[h];
 
     assert_false(in(&o->evacuate, h));
     assert_false(host->maintenance);
-    assert_true(!o->to.n || in(&o->to, h));
+    assert_true(!o->to.n || in(&o->to, h) || backup);
     for (uint32_t i = 0; i < v->features.n; i++)
         assert_true(in(&host->features, v->features.ids[i]));
     for (uint32_t i = 0; i < v->require_tags.n; i++)
@@ -85,7 +85,7 @@ static void follow(const struct lb_inventory *inv, const struct lb_plan_opts *o,
         assert_true(!i || s->start_s >= p->steps[i - 1].start_s);
         assert_true(isfinite(s->end_s) && s->end_s >= s->start_s && s->end_s <= p->makespan_s + 1e-6);
         assert_int_equal(s->from, at[s->vm]);
-        check_host_suits(inv, o, s->vm, s->to);
+        check_host_suits(inv, o, s->vm, s->to, s->kind == LB_PLAN_BACKUP);
         if (s->kind == LB_PLAN_BACKUP) {
             backup[s->vm] = s->to;
         } else {
@@ -322,6 +322,34 @@ static void test_reasons(void **state)
                VM("w", "a", "1G", ",\"together\":[\"g\"],\"apart\":[\"h\"]")), NULL, "apart from w and together with it");
     /* swapped with its only possible backup */
     expect(INV(HOST("a", "8G", "") "," HOST("b", "8G", ""), VM("v", "a", "2G", ",\"backup\":\"b\"")), "b", "host b runs it itself");
+}
+
+/* The new backup of v goes to a host that was asked for; to another one only when none of these can be it. */
+static void test_backup_elsewhere(void **state)
+{
+    static const struct {
+        const char *c_memory;
+        uint32_t to[2], n, backup;
+    } cases[] = {{"8G", {1, 2}, 2, 2}, {"8G", {1}, 1, 3}, {"1G", {1, 2}, 2, 3}};
+    (void)state;
+
+    for (size_t i = 0; i < LB_ARRAY_LEN(cases); i++) {
+        struct lb_plan_opts o = {.evacuate = A, .to = {(uint32_t *)cases[i].to, cases[i].n}};
+        LB_AUTO_FREE char *text = lb_asprintf(INV(HOST("a", "8G", "") "," HOST("b", "8G", "") "," HOST("c", "%s", "") ","
+                                                  HOST("d", "64G", ""), VM("v", "a", "2G", ",\"backup\":\"b\"")), cases[i].c_memory);
+        struct lb_inventory inv;
+        struct lb_plan p;
+
+        parse(text, &inv);
+        make(&inv, &o, &p);
+        check(&inv, &o, &p);
+        assert_int_equal(p.n_steps, 2);
+        assert_int_equal(p.steps[0].kind, LB_PLAN_SWAP);
+        assert_int_equal(p.steps[1].kind, LB_PLAN_BACKUP);
+        assert_int_equal(p.steps[1].to, cases[i].backup);
+        lb_plan_free(&p);
+        lb_inventory_free(&inv);
+    }
 }
 
 /* Spreading v1 and v2 first leaves no 4 GiB for v3; packing or repair does. */
@@ -692,7 +720,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_there_and_back), cmocka_unit_test(test_bad),     cmocka_unit_test(test_damaged),
-        cmocka_unit_test(test_constraints),    cmocka_unit_test(test_reasons), cmocka_unit_test(test_tight),
+        cmocka_unit_test(test_constraints),    cmocka_unit_test(test_reasons),
+        cmocka_unit_test(test_backup_elsewhere), cmocka_unit_test(test_tight),
         cmocka_unit_test(test_full),           cmocka_unit_test(test_repair), cmocka_unit_test(test_hot),            cmocka_unit_test(test_options), cmocka_unit_test(test_concurrency),
         cmocka_unit_test(test_random),         cmocka_unit_test(test_big),
     };
