@@ -306,7 +306,7 @@ static void take_step(struct lb_evac *e, const json_t *v)
     it->suspended = json_is_true(json_object_get(v, "suspended"));
     it->is_protected = json_is_true(json_object_get(v, "protected")) || kind == LB_EVAC_SWAP;
     it->state = LB_EVAC_WAITS;
-    it->replan = false;
+    it->replan = it->awaited = false;
     it->changed = true;
     if (it->to[0])
         host_add(e, it->to);
@@ -384,7 +384,7 @@ static double concurrency_of(const json_t *steps, double makespan)
 
 static bool needs_plan(const struct lb_evac_item *it)
 {
-    return !ended(it) && (it->replan || (!it->to[0] && it->kind != LB_EVAC_SUSPEND && it->kind != LB_EVAC_RESUME));
+    return !ended(it) && !it->awaited && (it->replan || (!it->to[0] && it->kind != LB_EVAC_SUSPEND && it->kind != LB_EVAC_RESUME));
 }
 
 /* The plan says nothing of it: it has left already, or it stays. Of a VM that runs elsewhere, and has lost its
@@ -505,7 +505,7 @@ void lb_evac_start(struct lb_evac *e, uint64_t now_ms, uint64_t wall_ms)
     if (e->phase != LB_EVAC_CANCELLING)
         e->phase = LB_EVAC_RUNNING;
     e->seen_ms = now_ms;
-    if (!e->n_items && !e->returning)
+    if (!e->id[0] && !e->returning)
         e->need_plan = true;
     for (unsigned i = 0; i < e->n_items; i++) {
         struct lb_evac_item *it = &e->items[i];
@@ -527,12 +527,35 @@ void lb_evac_cancel(struct lb_evac *e)
 
 /* ------------------------------------------------------------------------- what happens */
 
+void lb_evac_await(struct lb_evac *e, const char *vm, const char *why, uint64_t now_ms)
+{
+    struct lb_evac_item *it = lb_evac_mover(e, vm);
+    bool need_plan = e->need_plan;
+
+    if (!it)
+        it = lb_evac_add(e, vm, LB_EVAC_COPY);
+    e->need_plan = need_plan;
+    it->state = LB_EVAC_WAITS;
+    it->awaited = it->changed = true;
+    it->held_ms = now_ms;
+    snprintf(it->message, sizeof(it->message), "%s", why);
+    note(e, it, "is waited for", why);
+}
+
+void lb_evac_free_again(struct lb_evac *e, struct lb_evac_item *it)
+{
+    it->awaited = false;
+    it->held_ms = 0;
+    it->replan = it->changed = true;
+    e->need_plan = true;
+}
+
 void lb_evac_leave(struct lb_evac *e, struct lb_evac_item *it, const char *message, const char *remedy)
 {
     /* message may be it->message */
     LB_AUTO_FREE char *m = lb_strdup(message), *r = lb_strdup(remedy);
 
-    it->session = it->unsettled = it->replan = false;
+    it->session = it->unsettled = it->replan = it->awaited = false;
     it->changed = true;
     it->eta_s = -1;
     it->throughput = 0;
@@ -554,7 +577,7 @@ static void done(struct lb_evac *e, struct lb_evac_item *it, uint64_t now)
 {
     struct lb_evac_host *h = peer_of(e, it);
 
-    it->session = it->unsettled = false;
+    it->session = it->unsettled = it->awaited = false;
     it->state = LB_EVAC_DONE;
     it->tries = LB_MAX(it->tries, 1u); /* one that an earlier supervisor began may not be counted */
     it->percent = 100;
@@ -912,7 +935,8 @@ static bool is_due(struct lb_evac *e, const struct places *p, struct lb_evac_ite
 {
     const struct lb_evac_host *h;
 
-    if ((it->state != LB_EVAC_WAITS && it->state != LB_EVAC_FAILED) || at_work(it) || it->replan || now < it->retry_ms)
+    if ((it->state != LB_EVAC_WAITS && it->state != LB_EVAC_FAILED) || at_work(it) || it->replan || it->awaited ||
+        now < it->retry_ms)
         return false;
     if (!it->to[0] && it->kind != LB_EVAC_SUSPEND && it->kind != LB_EVAC_RESUME)
         return false;
@@ -965,12 +989,15 @@ static bool next_end(struct lb_evac *e, struct lb_evac_order *o)
     return order(o, LB_EVAC_DO_END, NULL);
 }
 
-/* Handed over to a host that cannot be asked, for long: recovery goes on without us. */
-static void give_up_undecided(struct lb_evac *e, uint64_t now)
+/* What is waited for does not come, for long: a host that took a VM over cannot be asked - recovery goes on without
+ * us -, or what works on it does not end. */
+static void give_up_waiting(struct lb_evac *e, uint64_t now)
 {
     for (unsigned i = 0; i < e->n_items; i++) {
         struct lb_evac_item *it = &e->items[i];
 
+        if (it->awaited && now - it->held_ms > HOLD_LONGEST_MS)
+            lb_evac_leave(e, it, it->message, "end that, then evacuate again");
         if (!it->unsettled)
             continue;
         if (!it->unsettled_ms)
@@ -988,7 +1015,7 @@ bool lb_evac_next(struct lb_evac *e, uint64_t now_ms, struct lb_evac_order *o)
     if (e->seen_ms)
         e->elapsed_s += (double)(now_ms - e->seen_ms) / 1000;
     e->seen_ms = now_ms;
-    give_up_undecided(e, now_ms);
+    give_up_waiting(e, now_ms);
     if (e->phase == LB_EVAC_CANCELLING)
         return next_cancel(e, now_ms, o) || next_end(e, o);
     return next_plan(e, now_ms, o) || next_go(e, now_ms, o) || next_begin(e, now_ms, o) || next_end(e, o);

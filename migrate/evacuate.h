@@ -125,6 +125,7 @@ struct lb_evac_item {
     /* not on disk. Monotonic ms */
     bool session, unsettled;    /* a session works on it; it has ended, and where the VM is is to be found out */
     bool cancel_asked, changed;
+    bool awaited;               /* something works on it; when that is over it is planned, if it is still here */
     uint64_t begun_ms, retry_ms, held_ms;
     uint64_t unsettled_ms;      /* since when; 0: lb_evac_next has not seen it yet */
     struct lb_error error;      /* of the session that has ended */
@@ -190,6 +191,10 @@ struct lb_evac_item *lb_evac_add(struct lb_evac *e, const char *vm, enum lb_evac
 /* From PLANNED, or after a restart from any phase that is not over: begins, or goes on. What was at work is
  * unsettled until lb_evac_found, _settled or _gone. */
 void lb_evac_start(struct lb_evac *e, uint64_t now_ms, uint64_t wall_ms);
+/* A VM of this host that no plan could take, as it is migrated by hand, or its memory still comes. Until lb_evac_free_again or
+ * lb_evac_gone, but not for ever. It is not on disk: who comes after a restart finds it again. */
+void lb_evac_await(struct lb_evac *e, const char *vm, const char *why, uint64_t now_ms);
+void lb_evac_free_again(struct lb_evac *e, struct lb_evac_item *it);
 void lb_evac_cancel(struct lb_evac *e);
 
 /* What to do next, one at a time; false: nothing before something happens or time passes. */

@@ -192,7 +192,8 @@ json_t *lb_evac_json(const struct lb_evac *e)
     json_t *o = json_object(), *items = json_array(), *hosts = json_array();
 
     for (unsigned i = 0; i < e->n_items; i++)
-        json_array_append_new(items, item_on_disk(&e->items[i]));
+        if (!e->items[i].awaited)
+            json_array_append_new(items, item_on_disk(&e->items[i]));
     for (unsigned i = 0; i < e->n_hosts; i++) {
         json_t *h = json_object();
 

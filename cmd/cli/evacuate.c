@@ -277,6 +277,7 @@ static int run_plan(struct args *a, const json_t *plan)
     Lb__RpcRequest r = request(&m, "run"), watch = request(&again, "watch");
 
     m.plan_id = (char *)lb_jstr(plan, "id");
+    m.replan = a->yes; /* nobody has judged that one: any other is as good */
     return lb_evac_follow(a->cli, &r, &watch, plan, GOES_ON);
 }
 

@@ -55,8 +55,10 @@ void lb_evac_do_begin(struct daemon *d, struct lb_evac_item *it);
 void lb_evac_do_tell(struct daemon *d, const struct lb_evac_order *o);
 /* Its session is gone. */
 void lb_evac_work_over(struct session *s);
-/* VMs that were started here meanwhile leave as well. */
+/* VMs that no plan knew of leave as well; when all that it knew of have ended. */
 void lb_evac_find_others(struct daemon *d);
+/* Of an awaited one: does something still work on it? */
+void lb_evac_look_again(struct daemon *d, struct lb_evac_item *it);
 /* Sessions of an earlier supervisor that are ready to leave: taken up, or cancelled. */
 void lb_evac_take_up_strays(struct daemon *d);
 

@@ -362,7 +362,28 @@ void lb_evac_do_tell(struct daemon *d, const struct lb_evac_order *o)
         lb_evac_not_told(d->evacuation->e, o->item);
 }
 
-/* VMs that were started here meanwhile leave as well. */
+/* Its memory comes from a checkpoint: no plan takes it before that is all there. */
+static bool comes_up(const struct lb_vm_entry *vm)
+{
+    return (vm->state == LB_VM_FILLING || vm->state == LB_VM_RESTORING) && lb_proc_alive(&vm->proc);
+}
+
+/* One that nobody works on is planned; what is worked on is waited for, as its host is not empty before. */
+static void find_other(struct daemon *d, const struct lb_vm_entry *vm)
+{
+    struct lb_evac *e = d->evacuation->e;
+    const struct lb_evac_item *it = lb_evac_mover(e, vm->name);
+    char why[256];
+    enum lb_evac_place p = lb_evac_place_of(d, vm->name, why);
+
+    if (!it && p == LB_PLACE_HERE)
+        lb_evac_add(e, vm->name, LB_EVAC_COPY);
+    else if (!it ? p == LB_PLACE_BUSY || p == LB_PLACE_FILLS
+                 : it->state == LB_EVAC_LEFT && !it->tries && !it->held_ms && comes_up(vm))
+        lb_evac_await(e, vm->name, why, lb_evac_now_ms());
+}
+
+/* VMs that were started here meanwhile, or came back from a migration by hand, leave as well. */
 void lb_evac_find_others(struct daemon *d)
 {
     LB_AUTO_FREE struct lb_vm_entry *v = NULL;
@@ -376,11 +397,28 @@ void lb_evac_find_others(struct daemon *d)
             return;
     if (lb_vm_entry_list(d->opt.state_dir, &v, &n, NULL))
         return;
-    for (unsigned i = 0; i < n; i++) {
-        char why[256];
+    for (unsigned i = 0; i < n; i++)
+        find_other(d, &v[i]);
+}
 
-        if (!lb_evac_mover(e, v[i].name) && lb_evac_place_of(d, v[i].name, why) == LB_PLACE_HERE)
-            lb_evac_add(e, v[i].name, LB_EVAC_COPY);
+void lb_evac_look_again(struct daemon *d, struct lb_evac_item *it)
+{
+    char why[256];
+
+    switch (lb_evac_place_of(d, it->vm, why)) {
+    case LB_PLACE_HERE:
+        lb_evac_free_again(d->evacuation->e, it);
+        break;
+    case LB_PLACE_AWAY:
+    case LB_PLACE_DISK:
+        lb_evac_gone(d->evacuation->e, it, lb_evac_now_ms());
+        break;
+    case LB_PLACE_DEAD:
+        leave_dead(d, it);
+        break;
+    case LB_PLACE_BUSY:
+    case LB_PLACE_FILLS:
+        break;
     }
 }
 

@@ -221,6 +221,8 @@ static void step(struct daemon *d)
     for (unsigned i = 0; i < v->e->n_items; i++)
         if (v->e->items[i].unsettled)
             lb_evac_settle(d, &v->e->items[i]);
+        else if (v->e->items[i].awaited)
+            lb_evac_look_again(d, &v->e->items[i]);
     lb_evac_find_others(d);
     while (lb_evac_runs(v) && lb_evac_next(v->e, lb_evac_now_ms(), &o)) {
         switch (o.what) {
@@ -406,6 +408,7 @@ static void attach(struct daemon *d, struct client *c)
 static void op_run(struct daemon *d, struct client *c, const Lb__RpcEvacuate *r)
 {
     struct evacuation *v = lb_evac_of(d);
+    bool holds = r->plan_id[0] && plan_holds(d, r->plan_id);
     struct lb_error err = LB_ERROR_INIT;
 
     if (lb_evac_runs(v) && !v->e->returning) {
@@ -414,10 +417,10 @@ static void op_run(struct daemon *d, struct client *c, const Lb__RpcEvacuate *r)
     }
     if (lb_evac_refuse_two(v, &err)) {
         /* err says it */
-    } else if (r->plan_id[0] && !plan_holds(d, r->plan_id)) {
-        lb_fail(&err, LB_E_STATE, "VMs have come or gone since this was planned, or it is too long ago");
+    } else if (r->plan_id[0] && !holds && !r->replan) {
+        lb_fail(&err, LB_E_STATE, "VMs have come or gone since this was planned, another plan was made, or it is too long ago");
         lb_remedy(&err, "plan it anew: `lifeboat evacuate`");
-    } else if (r->plan_id[0] || !new_evacuation(d, r, &err)) {
+    } else if (holds || !new_evacuation(d, r, &err)) {
         v->maintenance_was_on = lb_maintenance_is_on(d);
         lb_maintenance_set(d, true, v->maintenance_was_on ? NULL : REASON, true, &err);
     }

@@ -806,6 +806,60 @@ static void test_backup_again(void **state)
     lb_evac_free(e);
 }
 
+/* Something works on one that no plan has: it is not over before that is, and then it leaves as well. */
+static void test_awaited(void **state)
+{
+    struct lb_evac *e = lb_evac_new("a", &plain, false);
+    struct lb_evac_item *it;
+    struct lb_evac_order o;
+    json_t *on_disk;
+    (void)state;
+
+    new_plan(e, json_array(), 1);
+    lb_evac_start(e, 1, 1);
+    lb_evac_await(e, "v", "it is migrated by hand", 1);
+    assert_false(lb_evac_next(e, 2, &o));
+    on_disk = lb_evac_json(e);
+    assert_int_equal(json_array_size(json_object_get(on_disk, "items")), 0);
+    json_decref(on_disk);
+    new_plan(e, json_array(), 3); /* of something else */
+    it = lb_evac_mover(e, "v");
+    assert_true(it->awaited && !it->unsettled);
+    lb_evac_free_again(e, it);
+    assert_true(lb_evac_next(e, 10000, &o));
+    assert_int_equal(o.what, LB_EVAC_DO_PLAN);
+    new_plan(e, json_pack("[o]", plan_step("v", "copy", "a", "b", 0, 0)), 10000);
+    assert_true(lb_evac_next(e, 10000, &o));
+    assert_int_equal(o.what, LB_EVAC_DO_BEGIN);
+    lb_evac_free(e);
+    /* it does not end */
+    e = lb_evac_new("a", &plain, false);
+    new_plan(e, json_array(), 1);
+    lb_evac_start(e, 1, 1);
+    lb_evac_await(e, "v", "it is migrated by hand", 1);
+    for (uint64_t now = 1; now < 3600000 && !lb_evac_over(e); now += 250)
+        while (lb_evac_next(e, now, &o))
+            assert_int_equal(o.what, LB_EVAC_DO_END);
+    assert_int_equal(e->phase, LB_EVAC_INCOMPLETE);
+    assert_string_equal(e->items[0].message, "it is migrated by hand");
+    lb_evac_free(e);
+}
+
+/* A plan that was shown and has no step: nothing else is to be planned. */
+static void test_nothing_to_do(void **state)
+{
+    struct lb_evac *e = lb_evac_new("a", &plain, false);
+    struct lb_evac_order o;
+    (void)state;
+
+    new_plan(e, json_array(), 1);
+    lb_evac_start(e, 1, 1);
+    assert_true(lb_evac_next(e, 1, &o));
+    assert_int_equal(o.what, LB_EVAC_DO_END);
+    assert_int_equal(e->phase, LB_EVAC_FINISHED);
+    lb_evac_free(e);
+}
+
 /* The backup that was to take it over is gone: that says nothing against its host. What else fails there does. */
 static void test_swap_without_backup(void **state)
 {
@@ -1091,6 +1145,7 @@ int main(void)
         cmocka_unit_test(test_bad_plans), cmocka_unit_test(test_file),
         cmocka_unit_test(test_swap_without_backup),
         cmocka_unit_test(test_backup_not_needed), cmocka_unit_test(test_backup_again),
+        cmocka_unit_test(test_awaited),   cmocka_unit_test(test_nothing_to_do),
     };
     return cmocka_run_group_tests_name("evacuate", tests, NULL, NULL);
 }
