@@ -788,6 +788,7 @@ void lb_protect_end_for_now(struct daemon *d, const char *vm)
     struct ward *w = ward_of(d, vm);
     struct lb_error err = LB_ERROR_INIT;
 
+    w->first = false; /* the wish is there to stay */
     gap_begins(d, w);
     /* One that is connecting again is told when it speaks. */
     w->off = lb_session_order_cancel(s, &err) != 0;

@@ -117,6 +117,16 @@ static int change_wish(struct rehome *h, struct lb_error *err)
     return lb_wish_save(h->d->opt.state_dir, h->vm, w, err);
 }
 
+/* Who waits for its protection here has waited long enough: it goes on where the VM goes. */
+static void tell_protecting(const struct rehome *h)
+{
+    struct lb_error e = LB_ERROR_INIT;
+
+    lb_fail(&e, LB_E_STATE, "VM %s is being migrated to host %s, which protects it then", h->vm, target(h));
+    lb_remedy(&e, "`lifeboat status %s` there shows it", h->vm);
+    lb_clients_settle(h->d, h->vm, LB_WAIT_PROTECTED, NULL, &e);
+}
+
 /* Nothing protects it any more. */
 static void go_on(struct rehome *h, const char *old_backup)
 {
@@ -124,6 +134,7 @@ static void go_on(struct rehome *h, const char *old_backup)
     struct session *s;
 
     if (moves(h)) {
+        tell_protecting(h);
         s = lb_session_spawn(h->d, "out", h->vm, target(h), h->r->migrate->options, -1, &err);
         end(h, s, NULL, s ? NULL : &err);
     } else {
