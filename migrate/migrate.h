@@ -87,6 +87,7 @@ struct lb_migrate_result {
     double load_ms, final_dirty_pages;
     char digest[33];            /* hex when verified */
     char transport[32];         /* as of lb_progress */
+    char why_tcp[512];          /* RDMA was agreed, and could not be had; "" when it could */
     unsigned replaced_connections; /* RDMA ones that broke and went on over TCP */
     uint64_t copied_bytes;      /* lb_bulk_stats */
     uint64_t registered_max_bytes;

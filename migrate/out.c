@@ -403,6 +403,7 @@ static void tear_down(struct out *o)
         o->res->damaged_pages = o->tx.damaged_pages;
         o->res->replaced_connections = st.replaced;
         transport_name(o, &st, o->res->transport, sizeof(o->res->transport));
+        snprintf(o->res->why_tcp, sizeof(o->res->why_tcp), "%s", o->tx.why_tcp);
         lb_rdma_registered(&(uint64_t){0}, &o->res->registered_max_bytes);
     }
     lb_frames_free(o->frames);

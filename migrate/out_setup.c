@@ -45,9 +45,12 @@ int lb_out_setup(struct out *o, struct lb_error *err)
     o->prog.eta_s = fc.eta_s;
     lb_out_note(o, fc.reason);
     lb_out_report(o, true);
-    return lb_tx_connect(&o->tx, NULL, err);
+    if (lb_tx_connect(&o->tx, NULL, err))
+        return -1;
+    if (o->tx.why_tcp[0])
+        lb_out_note(o, o->tx.why_tcp);
+    return 0;
 }
-
 
 static int keep_alive(struct out *o, struct lb_error *err)
 {

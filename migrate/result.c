@@ -42,6 +42,8 @@ char *lb_migrate_result_json(const struct lb_vm_entry *vm, const char *peer, con
         json_object_set_new(o, "raw_pages", json_integer((json_int_t)res->raw_pages));
         json_object_set_new(o, "zstd_pages", json_integer((json_int_t)res->zstd_pages));
         json_object_set_new(o, "transport", json_string(res->transport));
+        if (res->why_tcp[0])
+            json_object_set_new(o, "why_tcp", json_string(res->why_tcp));
         json_object_set_new(o, "replaced_connections", json_integer(res->replaced_connections));
         json_object_set_new(o, "copied_bytes", json_integer((json_int_t)res->copied_bytes));
         json_object_set_new(o, "registered_max_bytes",

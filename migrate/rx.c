@@ -447,33 +447,46 @@ static void take_replacement(struct lb_rx *r)
         lb_log_error(LB_LOG_WARN, &e);
 }
 
+/* 1: an RDMA connection through which nothing comes. The source comes again, over TCP if it may, or ends. */
+static int accept_one(struct lb_rx *r, struct lb_error *err)
+{
+    struct lb_error e = LB_ERROR_INIT;
+    struct lb_bulk *b = NULL;
+    uint32_t index = 0;
+    struct lb_transport *t = next_conn(r, err);
+    bool rdma = t && lb_rdma_is(t);
+
+    if (!t)
+        return -1;
+    if (open_conn(r, t, &index, &b, &e)) {
+        bool again = rdma && e.code == LB_E_NET;
+
+        if (again)
+            lb_log_error(LB_LOG_WARN, &e);
+        else
+            *err = e;
+        return again ? 1 : -1;
+    }
+    if (index >= r->n_conns || r->conns[index]) {
+        lb_bulk_close(b);
+        return lb_fail(err, LB_E_PROTO, "bulk connection %u of %u came twice or is too many", index,
+                       r->n_conns);
+    }
+    r->conns[index] = b;
+    r->replaceable |= rdma;
+    return 0;
+}
+
 int lb_rx_accept(struct lb_rx *r, unsigned n, struct lb_error *err)
 {
     int rc = 0;
 
     r->conns = lb_alloc(sizeof(*r->conns) * n);
     r->n_conns = n;
-    for (unsigned i = 0; i < n && !rc; i++) {
-        struct lb_bulk *b = NULL;
-        uint32_t index = 0;
-        struct lb_transport *t = next_conn(r, err);
-
-        if (!t) {
-            rc = -1;
-            break;
-        }
-        rc = open_conn(r, t, &index, &b, err);
-        if (!rc && (index >= n || r->conns[index])) {
-            lb_bulk_close(b);
-            rc = lb_fail(err, LB_E_PROTO, "bulk connection %u of %u came twice or is too many",
-                         index, n);
-        } else if (!rc) {
-            r->conns[index] = b;
-            r->replaceable |= lb_rdma_is(lb_bulk_transport(b));
-        }
-    }
+    for (unsigned i = 0; i < n && rc >= 0; i += rc == 0)
+        rc = accept_one(r, err);
     lb_rdma_listener_close(LB_STEAL_PTR(r->rdma)); /* what replaces a connection is TCP */
-    return rc;
+    return rc < 0 ? -1 : 0;
 }
 
 int lb_rx_start(struct lb_rx *r, unsigned n, struct lb_error *err)

@@ -19,6 +19,7 @@
 
 #define SETUP_TIMEOUT_NS UINT64_C(60000000000)
 #define CONNECT_MS 10000u
+#define AUTO_RDMA_MS 4000u /* to connect where TCP does as well, for all addresses together */
 
 void lb_tx_init(struct lb_tx *t, const struct lb_session_env *env, const struct lb_host *to,
                 const struct lb_vm_entry *entry, const struct lb_migrate_opts *opts)
@@ -424,16 +425,18 @@ static int connect_tcp(struct lb_tx *t, unsigned index, struct lb_bulk **out, st
  * by the device only after seconds. */
 static int connect_rdma(struct lb_tx *t, unsigned index, struct lb_bulk **out, struct lb_error *err)
 {
+    bool must = t->opts->transport == LB_TRANSPORT_RDMA;
+    unsigned tries = 2 * t->n_rdma, each_ms = must ? CONNECT_MS / 2 : AUTO_RDMA_MS / tries;
     struct lb_transport *link = NULL;
     int rc = -1;
 
-    for (unsigned i = 0; i < 2 * t->n_rdma && rc; i++) {
-        rc = lb_rdma_connect(&t->rdma[i % t->n_rdma], t->keys.session_id, CONNECT_MS / 2,
-                             t->env->cancel_fd, &link, err);
-        if (rc && err && err->code == LB_E_CANCELLED)
+    for (unsigned i = 0; i < tries && rc; i++) {
+        rc = lb_rdma_connect(&t->rdma[i % t->n_rdma], t->keys.session_id, each_ms, t->env->cancel_fd,
+                             &link, err);
+        if (rc && err->code == LB_E_CANCELLED)
             return -1;
     }
-    return rc ? -1 : lb_bulk_open(link, true, &t->keys, index, CONNECT_MS, out, err);
+    return rc ? -1 : lb_bulk_open(link, true, &t->keys, index, must ? CONNECT_MS : AUTO_RDMA_MS, out, err);
 }
 
 /* What was agreed; TCP when that fails and need not be. */
@@ -451,6 +454,7 @@ static int connect_one(struct lb_tx *t, unsigned index, struct lb_bulk **out, st
     if (e.code) {
         lb_context(&e, "no RDMA, TCP instead");
         lb_log_error(LB_LOG_WARN, &e);
+        snprintf(t->why_tcp, sizeof(t->why_tcp), "%s", e.message);
         t->n_rdma = 0;
     }
     return connect_tcp(t, index, out, err);

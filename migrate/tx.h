@@ -48,6 +48,7 @@ struct lb_tx {
     Lb__TransportWish *wish;          /* as sent */
     struct lb_rdma_addr rdma[LB_RDMA_MAX_ADDRS]; /* where the destination listens */
     unsigned n_rdma;                  /* 0: TCP, from the beginning or since a connection failed */
+    char why_tcp[512];                /* RDMA was agreed, and cannot be had; "" when it can */
     bool zero_copy;
     Lb__Control *last_done;           /* RoundDone of the last round: what is bad there */
     uint64_t damaged_pages;           /* bad without having been written by the guest */
