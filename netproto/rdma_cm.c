@@ -15,8 +15,8 @@
 #include <time.h>
 
 #define RESOLVE_MS 2000
-#define ACCEPT_MS 5000u
 #define BACKLOG 64
+#define MAX_ANSWERED 8u /* and not yet connected; the next one is turned away, and comes again */
 /* The device waits 4.096 us * 2^17 = 0.54 s for an answer and tries 7 times: 4 s until it gives up. Not 8
  * times: 7 retries are endless ones to soft-RoCE, as by the specification they are only when the other
  * side has no buffer. */
@@ -253,17 +253,26 @@ int lb_rdma_connect(const struct lb_rdma_addr *to, const uint8_t session_id[LB_S
 
 /* ---------------------------------------------------------------- listening */
 
+/* Whoever asks is answered at once, and then waited for together with all others: an answer that is lost must not keep
+ * the next connection, of whatever kind, waiting. */
 struct lb_rdma_listener {
-    struct rdma_event_channel *events;
+    struct rdma_event_channel *events; /* of ids and of those in answered */
     struct rdma_cm_id *ids[LB_RDMA_MAX_ADDRS];
     unsigned n;
     uint8_t session_id[LB_SESSION_ID_BYTES];
+    struct {
+        struct lb_rdma_conn *conn;     /* NULL: free */
+        struct lb_rdma_hello theirs;
+    } answered[MAX_ANSWERED];
 };
 
 void lb_rdma_listener_close(struct lb_rdma_listener *l)
 {
     if (!l)
         return;
+    for (unsigned i = 0; i < MAX_ANSWERED; i++)
+        if (l->answered[i].conn)
+            l->answered[i].conn->base.ops->close(&l->answered[i].conn->base);
     for (unsigned i = 0; i < l->n; i++)
         rdma_destroy_id(l->ids[i]);
     rdma_destroy_event_channel(l->events);
@@ -320,57 +329,87 @@ static bool for_us(const struct lb_rdma_listener *l, const struct rdma_cm_event 
            lb_rdma_hello_parse(data + LB_PREAMBLE_BYTES, len - LB_PREAMBLE_BYTES, theirs, NULL) == 0;
 }
 
-static int accept_id(struct lb_rdma_conn *c, const struct lb_rdma_hello *theirs, struct lb_error *err)
+static int answer(struct lb_rdma_conn *c, struct lb_error *err)
 {
-    uint8_t answer[LB_RDMA_HELLO_BYTES];
-    struct rdma_conn_param param = {.private_data = answer, .private_data_len = sizeof(answer),
+    uint8_t data[LB_RDMA_HELLO_BYTES];
+    struct rdma_conn_param param = {.private_data = data, .private_data_len = sizeof(data),
                                     .retry_count = RETRIES, .rnr_retry_count = RETRIES};
 
-    lb_rdma_hello_write(answer, &MY_HELLO);
-    if (rdma_migrate_id(c->id, c->events) != 0)
-        return lb_fail_errno(err, LB_E_NET, errno, "cannot take an RDMA connection");
+    lb_rdma_hello_write(data, &MY_HELLO);
     set_timeout(c->id);
     if (lb_rdma_conn_prepare(c, err) < 0)
         return -1;
     if (rdma_accept(c->id, &param) != 0)
         return lb_fail_errno(err, LB_E_NET, errno, "cannot accept an RDMA connection");
-    if (expect(c->events, RDMA_CM_EVENT_ESTABLISHED, -1, lb_now_ns() + UINT64_C(1000000) * ACCEPT_MS,
-               NULL, err) < 0)
-        return -1;
-    lb_rdma_conn_start(c, theirs);
     return 0;
+}
+
+static int place_for(const struct lb_rdma_listener *l, const struct rdma_cm_id *id)
+{
+    for (int i = 0; i < (int)MAX_ANSWERED; i++)
+        if (id ? l->answered[i].conn && l->answered[i].conn->id == id : !l->answered[i].conn)
+            return i;
+    return -1;
+}
+
+/* A request: answered, or turned away. */
+static int asked(struct lb_rdma_listener *l, struct rdma_cm_id *id, const struct lb_rdma_hello *theirs,
+                 struct lb_error *err)
+{
+    int at = theirs ? place_for(l, NULL) : -1;
+    struct rdma_event_channel *ch = at >= 0 ? event_channel(err) : NULL;
+
+    if (!ch) {
+        rdma_reject(id, NULL, 0);
+        rdma_destroy_id(id);
+        return at >= 0 ? -1 : 0;
+    }
+    struct lb_rdma_conn *c = lb_rdma_conn_new(ch, id);
+    if (answer(c, err) < 0) {
+        c->base.ops->close(&c->base);
+        return -1;
+    }
+    l->answered[at].conn = c;
+    l->answered[at].theirs = *theirs;
+    return 0;
+}
+
+/* What became of an answer. 1: *out is connected. */
+static int became(struct lb_rdma_listener *l, int at, enum rdma_cm_event_type event,
+                  struct lb_transport **out, struct lb_error *err)
+{
+    struct lb_rdma_conn *c = LB_STEAL_PTR(l->answered[at].conn);
+
+    if (event == RDMA_CM_EVENT_ESTABLISHED && rdma_migrate_id(c->id, c->events) == 0) {
+        lb_rdma_conn_start(c, &l->answered[at].theirs);
+        *out = &c->base;
+        return 1;
+    }
+    c->base.ops->close(&c->base);
+    return lb_fail(err, LB_E_NET, "an RDMA connection did not come about: %s", rdma_event_str(event));
 }
 
 int lb_rdma_accept(struct lb_rdma_listener *l, unsigned timeout_ms, struct lb_transport **out,
                    struct lb_error *err)
 {
     uint64_t deadline_ns = lb_now_ns() + (uint64_t)timeout_ms * 1000000;
+    int rc = 0;
 
-    for (;;) {
+    while (rc == 0) {
         struct rdma_cm_event *ev;
         struct lb_rdma_hello theirs;
 
         if (next_event(l->events, -1, deadline_ns, &ev, err) < 0)
             return -1;
-        struct rdma_cm_id *id = ev->event == RDMA_CM_EVENT_CONNECT_REQUEST ? ev->id : NULL;
+        enum rdma_cm_event_type event = ev->event;
+        struct rdma_cm_id *id = ev->id;
         bool ours = for_us(l, ev, &theirs);
         rdma_ack_cm_event(ev);
-        if (!id)
-            continue;
-        struct rdma_event_channel *ch = ours ? event_channel(err) : NULL;
-        if (!ch) {
-            rdma_reject(id, NULL, 0);
-            rdma_destroy_id(id);
-            if (ours)
-                return -1;
-            continue;
-        }
-        struct lb_rdma_conn *c = lb_rdma_conn_new(ch, id);
-        if (accept_id(c, &theirs, err) == 0) {
-            *out = &c->base;
-            return 0;
-        }
-        c->base.ops->close(&c->base);
-        return -1;
+        int at = place_for(l, id);
+        if (event == RDMA_CM_EVENT_CONNECT_REQUEST)
+            rc = asked(l, id, ours ? &theirs : NULL, err);
+        else if (at >= 0)
+            rc = became(l, at, event, out, err);
     }
+    return rc < 0 ? -1 : 0;
 }
