@@ -190,6 +190,10 @@ bench-evacuate: deps-bench
 	$(Q)$(MAKE) --no-print-directory bench-evacuate-run
 bench-evacuate-run: all tools $(GUEST) $(TINY)
 	$(Q)tests/bench/bench_evacuate.py $(BENCH_ARGS)
+bench-rdma: deps-rdma
+	$(Q)$(MAKE) --no-print-directory bench-rdma-run
+bench-rdma-run: all $(GUEST) $(TINY) $(RDMA)
+	$(Q)tests/rdma/bench.py $(BENCH_ARGS)
 # What an epoch costs, without a guest
 bench-stage: $(O)/tests/bench/bench_stage
 	$(Q)$(O)/tests/bench/bench_stage $(BENCH_ARGS)
@@ -245,13 +249,14 @@ help:
 	@echo "bench-remus    (root) cost of protection, failovers [BENCH_ARGS='--failovers 10' | '--no-cost --soak 30']"
 	@echo "bench-checkpoint  (root) suspend, resume, live checkpoints beside QEMU's migrate to a file and savevm [BENCH_ARGS='--size 256 --runs 1']"
 	@echo "bench-evacuate (root) a host of a hundred VMs is emptied, at the planned and at fixed concurrency [BENCH_ARGS='--vms 20 --runs 1']"
+	@echo "bench-rdma     (root) what TCP, RDMA with buffers and zero copy cost: bytes copied, processor time [BENCH_ARGS='--runs 1 --size 48']"
 	@echo "bench-stage    microseconds per page and bytes on the wire of an epoch [BENCH_ARGS='EPOCHS PAGES']"
 	@echo "bench-store    megabytes per second of writing a checkpoint [BENCH_ARGS='MIB THREADS']"
 	@echo "install        DESTDIR= PREFIX=/usr/local; uninstall removes what it put there"
 	@echo "clean          everything but the guest, the Debian 13 tree and the vectors"
 
 .PHONY: all unit integration tools guest downloads check check-all check-lint check-unit check-integration check-e2e \
-	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-checkpoint bench-checkpoint-run bench-evacuate bench-evacuate-run \
+	check-softdirty check-fuzz check-san check-san-run demo demo-run bench-migrate bench-migrate-run bench-remus bench-remus-run bench-checkpoint bench-checkpoint-run bench-evacuate bench-evacuate-run bench-rdma bench-rdma-run \
 	bench-stage bench-store \
 	install uninstall format clean help
 .SECONDARY:

@@ -131,21 +131,29 @@ class Agent:
         first = 13 if ended_children else 11
         return (int(fields[first]) + int(fields[first + 1])) / os.sysconf("SC_CLK_TCK")
 
-    def ram(self, pid, size_bytes):
-        """One digest for each page of the RAM of a QEMU, hexadecimal, 16 digits each. RAM is the only mapping of exactly
-        that size; nobody but this function reads it in this way."""
+    def _ram(self, pid, size_bytes):
+        """(address, file) of the only mapping of a process that has exactly that size; the file is "" of anonymous memory."""
         found = []
         with open("/proc/%d/maps" % pid) as f:
             for line in f:
-                span, mode = line.split()[:2]
+                span, mode, _, _, _, *name = line.split(None, 5)
                 start, end = (int(edge, 16) for edge in span.split("-"))
                 if end - start == size_bytes and mode.startswith("rw-"):
-                    found.append(start)
+                    found.append((start, "".join(name).strip()))
         if len(found) != 1:
             raise ValueError("process %d has %d mappings of %d bytes" % (pid, len(found), size_bytes))
+        return found[0]
+
+    def ram_file(self, pid, size_bytes):
+        """What the RAM of a QEMU is a mapping of; "" when it is anonymous."""
+        return self._ram(pid, size_bytes)[1]
+
+    def ram(self, pid, size_bytes):
+        """One digest for each page of the RAM of a QEMU, hexadecimal, 16 digits each. Nobody but this function reads it in
+        this way."""
         digests = []
         with open("/proc/%d/mem" % pid, "rb", buffering=0) as f:
-            f.seek(found[0])
+            f.seek(self._ram(pid, size_bytes)[0])
             for _ in range(size_bytes // PAGE):
                 digests.append(hashlib.blake2b(f.read(PAGE), digest_size=8).hexdigest())
         return "".join(digests)

@@ -33,9 +33,10 @@ from rig import BUILD, GUEST, Qmp, RigError, cpu_seconds, read_tail, wait_for
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 INITRD = os.environ.get("LB_RDMA", os.path.join(BUILD, "rdma")) + "/initrd.img"
-BOOT_S = 120
+BOOT_S = 300
 MEMORY_MB = 1536
 LINKS = ("ctl", "fab")
+MANAGER_QP = 1  # of every port: connections are made through it
 
 
 PR_SET_PDEATHSIG = 1
@@ -144,17 +145,20 @@ class Node:
 
     def resources(self):
         """{"qp", "cq", "mr", "pd", "cm_id": how many}, of our device, without what the kernel itself holds."""
-        counts = {}
-        for kind in ("qp", "cq", "mr", "pd", "cm_id"):
-            out = self.run("rdma", "-j", "-d", "res", "show", kind)[1]
-            entries = json.loads(out) if out.strip() else []
-            counts[kind] = len([e for e in entries if e.get("ifname", self.device) == self.device and "pid" in e])
-        return counts
+        return {kind: len(self.users(kind)) for kind in ("qp", "cq", "mr", "pd", "cm_id")}
+
+    def users(self, kind):
+        """What programs have of a kind now, one object each."""
+        out = self.run("rdma", "-j", "-d", "res", "show", kind)[1]
+        return [e for e in (json.loads(out) if out.strip() else []) if e.get("ifname", self.device) == self.device and "pid" in e]
 
     def registered_bytes(self):
         """How much memory programs have registered now."""
-        out = self.run("rdma", "-j", "-d", "res", "show", "mr")[1]
-        return sum(int(e.get("mrlen", 0)) for e in (json.loads(out) if out.strip() else []) if "pid" in e)
+        return sum(int(e.get("mrlen", 0)) for e in self.users("mr"))
+
+    def pairs(self):
+        """Numbers of the connected queue pairs of programs."""
+        return sorted(e["lqpn"] for e in self.users("qp") if e.get("state") == "RTS")
 
 
 class Machine(Node):
@@ -165,7 +169,8 @@ class Machine(Node):
         role = "ab"[number - 1]
         self.base = os.path.join(bed.dir, role)
         super().__init__(role, None, "/run/lb", "10.78.0.%d" % number, "10.79.0.%d" % number, "rxe0", 7007)
-        words = ["console=ttyS0", "quiet", "panic=-1", "lb.agent=" + os.path.join(HERE, "agent.py"),
+        # no_timer_check: on a busy host the kernel finds that its timer does not tick as it should, and gives up.
+        words = ["console=ttyS0", "quiet", "panic=-1", "no_timer_check", "lb.agent=" + os.path.join(HERE, "agent.py"),
                  "lb.net0=%s/24" % self.ip, "lb.net1=%s/24" % self.fabric_ip, "lb.net2=10.80.0.15/24"]
         argv = ["qemu-system-x86_64", "-name", "rdma-" + role, "-nodefaults", "-display", "none", "-no-reboot", "-machine", "pc",
                 "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", str(MEMORY_MB),
@@ -214,6 +219,29 @@ class Machine(Node):
             self.run("rdma", "link", "delete", self.device)
         else:
             self.run("rdma", "link", "add", self.device, "type", "rxe", "netdev", "eth1")
+
+    def lose(self, what=None):
+        """What comes in for the RDMA device is lost on its way from now on: "all" of it, "connecting" (what the connection manager
+        says), "data" (all but that), or what is for the queue pair of that number; None: nothing."""
+        self.run("tc", "qdisc", "del", "dev", "eth1", "ingress", check=False)
+        if what is None:
+            return
+        self.run("tc", "qdisc", "add", "dev", "eth1", "ingress")
+        rdma = ["match", "ip", "protocol", "17", "0xff", "match", "ip", "dport", "4791", "0xffff"]
+
+        def rule(pref, pair, action):
+            pair = ["match", "u32", "0x%06x" % pair, "0x00ffffff", "at", "32"] if pair is not None else []
+            self.run("tc", "filter", "add", "dev", "eth1", "parent", "ffff:", "protocol", "ip", "pref", pref, "u32", *rdma, *pair,
+                     "action", action)
+        if what == "data":
+            rule(1, MANAGER_QP, "pass")
+        rule(2, {"all": None, "data": None, "connecting": MANAGER_QP}.get(what, what), "drop")
+
+    def lost(self):
+        """How many packets lose() has taken."""
+        shown = json.loads(self.run("tc", "-s", "-j", "filter", "show", "dev", "eth1", "parent", "ffff:")[1] or "[]")
+        actions = [action for entry in shown for action in entry.get("options", {}).get("actions", [])]
+        return sum(action["stats"]["drops"] for action in actions)
 
     def crash(self):
         """The power fails."""
@@ -266,6 +294,7 @@ class Bed:
         atexit.register(self.close)
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        begin = time.monotonic()
         try:
             device = real_device()
             self.virtual = device is None
@@ -277,6 +306,7 @@ class Bed:
         except BaseException:
             self.close()
             raise
+        self.up_s = time.monotonic() - begin  # says how slow the hosts are today
 
     def __enter__(self):
         return self

@@ -26,6 +26,6 @@ ln -s busybox "$root/bin/sh"
 install -m 755 "$here/init" "$root/init"
 # crc32_generic: without it rdma_rxe loads, and then cannot make a device
 modules "$(unpack "$(kernel_package linux-image-amd64)")" "$root" virtio_pci virtio_net virtio_console 9p 9pnet_virtio \
-    crc32_generic crc32-pclmul rdma_ucm ib_uverbs rdma_rxe
+    crc32_generic crc32-pclmul rdma_ucm ib_uverbs rdma_rxe sch_ingress cls_u32 act_gact
 (cd "$root" && find . | LC_ALL=C sort | "$busybox" cpio -o -H newc -R 0:0 2>/dev/null) >"$image.tmp" || fail "cannot write $image"
 mv "$image.tmp" "$image"

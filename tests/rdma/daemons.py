@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from bed import Bed, RigError, die_with_us, wait_for
 from rig import BUILD, GUEST
@@ -16,6 +18,8 @@ TINY = os.path.join(GUEST, "tiny.elf")
 NAME = "vm"
 MODES = {"tcp": ["--transport", "tcp"], "bounce": ["--transport", "rdma"], "zero-copy": ["--transport", "rdma", "--trusted-fabric"]}
 REGISTERED_MAX = 300 << 20  # by both ends of a migration each
+SAMPLE_S = 0.5  # looking costs these machines more than it seems
+HOLD_MS = 6000  # time to notice that a session waits
 TICK = re.compile(r"^tick=(\d+) nonce=(\w+) pages=(\d+) bad=(\d+) written=(\d+) verified=(\d+) passes=(\d+) checks=(\d+)", re.M)
 
 
@@ -36,12 +40,12 @@ class Host:
     """lifeboatd on a node of the bed."""
 
     def __init__(self, node, other):
-        self.node, self.other, self.pid = node, other, None
+        self.node, self.other, self.pid, self.env = node, other, None, {}
         self.state, self.socket, self.log = node.path("state"), node.path("lifeboat.sock"), node.path("lifeboatd.log")
         self.start()
 
     def start(self, env=None):
-        node = self.node
+        node, self.env = self.node, env or {}
         # Small machines; and on one machine each host has a folder of its own.
         config = "name = %s\nmemory-reserve = 64M\n" % node.role
         if self.other.dir != node.dir:
@@ -55,12 +59,13 @@ class Host:
             if node.call("ended", self.pid) is not None:
                 raise RigError("lifeboatd ended: " + (node.call("read", self.log, 2000) or ""))
             return self.cli("ls", "--json", check=False)[0] == 0
-        wait_for(up, 30, "lifeboatd on " + node.role, 0.2)
+        wait_for(up, 60, "lifeboatd on " + node.role, 0.2)
 
     def restart(self, env=None):
         """With this environment and no other: sessions get it from their daemon."""
-        self.node.call("kill", self.pid)
-        self.start(env)
+        if self.env != (env or {}):
+            self.node.call("kill", self.pid)
+            self.start(env)
 
     def cli(self, *argv, check=True, timeout_s=120):
         """(exit status, output, errors)"""
@@ -123,14 +128,33 @@ class Command:
 
 
 def at_point(host, point, ms, env=None):
-    """Sessions of that host will wait at a point for so long. Returns what waits until one does."""
+    """The next session of that host that comes to a point will wait there for so long. Returns what waits until it does."""
     paused = host.node.path("paused")
-    host.node.call("remove", paused)
     host.restart(dict(env or {}, LIFEBOAT_PAUSE_AT="%s:%d" % (point, ms), LIFEBOAT_PAUSE_FILE=paused))
+    host.node.call("remove", paused)  # while it is there nobody waits
 
     def wait(command):
         wait_for(lambda: host.node.call("read", paused) is not None or command.done(), 120, "the point " + point, 0.1)
+        return not command.done()
     return wait
+
+
+class Still:
+    """with Still(host): the sessions there stand still, however long that takes."""
+
+    def __init__(self, host):
+        self.host, self.pids = host, []
+
+    def _signal(self, number):
+        for pid in self.pids:
+            self.host.node.call("kill", pid, number)
+
+    def __enter__(self):
+        self.pids = self.host.sessions()
+        self._signal(signal.SIGSTOP)
+
+    def __exit__(self, *_):
+        self._signal(signal.SIGCONT)
 
 
 class Guest:
@@ -197,12 +221,19 @@ class Guest:
             found.append("it runs on %s" % self.where())
         return found
 
-    def pages(self, host):
-        """A digest of each of its pages there, read from outside."""
+    def _of_qemu(self, host, method):
         pids = host.qemus()
         if len(pids) != 1:
             raise RigError("QEMU on %s: %s" % (host.node.role, pids))
-        text = host.node.call("ram", pids[0], self.memory_mb << 20, timeout_s=120)
+        return host.node.call(method, pids[0], self.memory_mb << 20, timeout_s=120)
+
+    def memory_file(self, host):
+        """What its memory there is a mapping of; "" when it is anonymous."""
+        return self._of_qemu(host, "ram_file")
+
+    def pages(self, host):
+        """A digest of each of its pages there, read from outside."""
+        text = self._of_qemu(host, "ram")
         return [text[i:i + 16] for i in range(0, len(text), 16)]
 
     def stop(self):
@@ -217,18 +248,20 @@ class Watch:
 
     def __init__(self, guest, source, target):
         self.guest, self.source, self.target = guest, source, target
-        self.both, self.registered, self.samples, self.error = 0, 0, 0, None
+        self.both, self.samples, self.error = 0, 0, None
+        self.registered = {host: 0 for host in (source, target)}  # at most
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self):
         try:
-            while not self._stop.wait(0.2):
+            while not self._stop.wait(SAMPLE_S):
                 # In this order: it moves one way, so what runs at the target and then still at the source runs twice.
                 if self.guest.running(self.target) and self.guest.running(self.source):
                     self.both += 1
-                self.registered = max(self.registered, *(host.node.registered_bytes() for host in (self.source, self.target)))
+                for host in self.registered:
+                    self.registered[host] = max(self.registered[host], host.node.registered_bytes())
                 self.samples += 1
         except RigError as error:
             self.error = str(error)
@@ -266,26 +299,43 @@ class Road:
             wrong.append("it is on " + at.node.role)
         return self.t.ok(not wrong, what, "\n".join(map(str, wrong)) + "\n" + fleet.logs())
 
-    def leg(self, mode, *options):
-        """A migration that must go well; returns its result."""
-        source, target = self.at, self.to()
-        what = "%s %s->%s" % (mode, source.node.role, target.node.role)
+    def leg(self, mode, *options, what=None, env=None):
+        """A migration that must go well; returns its result and what Watch saw. When both copies stand still, as the destination
+        has said that it has everything, their memory is read from outside, and must be the same."""
+        source, target, what = self.at, self.to(), what or mode
+        what += " %s->%s" % (source.node.role, target.node.role)
+        wait = at_point(source, "src-prepared", HOLD_MS, env)
         watch = Watch(self.guest, source, target)
         try:
-            result = source.json("migrate", NAME, target.node.role, *MODES[mode], *options, timeout_s=180)
+            command = Command(source, "migrate", NAME, target.node.role, *MODES[mode], *options, "--json")
+            if wait(command):
+                with Still(source):
+                    self._compare(what, source, target)
+            result = command.result(timeout_s=180)
         except RigError as error:
             self.t.ok(False, what, "%s\n%s" % (error, self.fleet.logs()))
             raise
         finally:
             watch.stop()
         self.t.ok(result["ok"] and result["final_state"] == "moved", what, result)
-        self.t.ok(not watch.both and not watch.error and watch.registered <= REGISTERED_MAX and
-                  (watch.registered > 0) == (mode != "tcp"), what + ": never two running, registered memory bounded",
-                  "%d samples, both %d, registered %d, %s" % (watch.samples, watch.both, watch.registered, watch.error))
+        registered = list(watch.registered.values())
+        self.t.ok(not watch.both and not watch.error and max(registered) <= REGISTERED_MAX and
+                  (min(registered) > 0) == (max(registered) > 0) == (mode != "tcp"),
+                  what + ": never two running, registered memory bounded",
+                  "%d samples, both %d, registered %s, %s" % (watch.samples, watch.both, registered, watch.error))
         self.settle(what + ": the same guest, whole; nothing left, registered or pinned", target)
-        self.t.diag("%s: %.1f s, downtime %.0f ms, %.1f MB, registered at most %.1f MB" %
-                    (what, result["total_ms"] / 1e3, result["downtime_ms"], result["wire_bytes"] / 1e6, watch.registered / 1e6))
-        return result
+        self.t.diag("%s: %.1f s, %.1f MB, registered at most %s MB" %
+                    (what, result["total_ms"] / 1e3, result["wire_bytes"] / 1e6, ", ".join("%.1f" % (n / 1e6) for n in registered)))
+        return result, watch
+
+    def _compare(self, what, source, target):
+        with ThreadPoolExecutor(2) as pool:
+            pages, copy = pool.map(self.guest.pages, (source, target))
+        still = not self.guest.where()
+        different = [i for i, (one, other) in enumerate(zip(pages, copy)) if one != other]
+        self.t.ok(still and len(pages) == len(copy) and len(set(pages)) > len(pages) // 2 and not different,
+                  "%s: %d pages, %d of them unlike any other, are the same on both hosts" % (what, len(pages), len(set(pages))),
+                  "different: %s, guest running: %s" % (different[:20], self.guest.where()))
 
 
 class Witness:
