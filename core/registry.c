@@ -191,7 +191,7 @@ int lb_vm_entry_load(const char *state_dir, const char *name, struct lb_vm_entry
     if (lb_file_read(path, MAX_ENTRY_BYTES, &text, &len, &why)) {
         if (why.code == LB_E_NOT_FOUND) {
             lb_fail(err, LB_E_NOT_FOUND, "there is no VM named %s here", name);
-            return lb_remedy(err, "`lifeboat ls` lists the VMs of this host");
+            return lb_remedy(err, "`lifeboat ls` lists the VMs of this host, `lifeboat history %s` where it went", name);
         }
         if (err)
             *err = why;

@@ -35,18 +35,23 @@ static void wipe(struct view *v)
 static void numbers(const json_t *p, char *buf, size_t n)
 {
     const json_t *eta = json_object_get(p, "eta_s"), *conv = json_object_get(p, "converges");
-    char sent[32], rate[32], dirty[32], etas[32] = "", pause[48] = "";
+    char h[32], round[24] = "", rates[48] = "", dirty[48] = "", etas[32] = "", pause[48] = "", sent[48] = "";
 
     /* A rate that is hardly measured yet makes years of it. */
     if (json_is_number(eta) && json_number_value(eta) < 864000 && strcmp(lb_jstr(p, "state"), "done"))
         snprintf(etas, sizeof(etas), "  ETA %.0f s", ceil(json_number_value(eta)));
     if (lb_jnum(p, "predicted_downtime_ms") > 0)
         snprintf(pause, sizeof(pause), "  pause %.0f ms", lb_jnum(p, "predicted_downtime_ms"));
-    snprintf(buf, n, "%s %lld  %s/s  dirty %s/s%s%s  %s sent%s", lb_jstr(p, "state"),
-             (long long)lb_jint(p, "round"),
-             lb_human_bytes(rate, sizeof(rate), lb_jnum(p, "throughput_bytes_per_s")),
-             lb_human_bytes(dirty, sizeof(dirty), lb_jnum(p, "dirty_rate_bytes_per_s")), etas, pause,
-             lb_human_bytes(sent, sizeof(sent), lb_jnum(p, "sent_bytes")),
+    /* What there is none of yet is not said. */
+    if (lb_jnum(p, "throughput_bytes_per_s") > 0)
+        snprintf(rates, sizeof(rates), "  %s/s", lb_human_bytes(h, sizeof(h), lb_jnum(p, "throughput_bytes_per_s")));
+    if (lb_jnum(p, "dirty_rate_bytes_per_s") > 0)
+        snprintf(dirty, sizeof(dirty), "  dirty %s/s", lb_human_bytes(h, sizeof(h), lb_jnum(p, "dirty_rate_bytes_per_s")));
+    if (lb_jnum(p, "sent_bytes") > 0) {
+        snprintf(round, sizeof(round), " %lld", (long long)lb_jint(p, "round"));
+        snprintf(sent, sizeof(sent), "  %s sent", lb_human_bytes(h, sizeof(h), lb_jnum(p, "sent_bytes")));
+    }
+    snprintf(buf, n, "%s%s%s%s%s%s%s%s", lb_jstr(p, "state"), round, rates, dirty, etas, pause, sent,
              json_is_true(conv)    ? "  converges"
              : json_is_false(conv) ? "  does not converge yet"
                                    : "");

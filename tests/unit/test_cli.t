@@ -194,6 +194,8 @@ failure "migrate of nothing" 3 not-found migrate ghost b
 failure "preflight of nothing" 3 not-found preflight ghost b
 failure "protect of nothing" 3 not-found protect ghost --manual
 failure "unprotect of nothing" 3 not-found unprotect ghost
+a "status of nothing" 3 status ghost
+err_has "lifeboat history ghost"
 failure "failover of nothing" 3 not-found failover ghost
 failure "a name like a path" 2 usage status ../../etc
 [ ! -e "$dir/a/vms/ghost" ]; point "a VM that is not there leaves nothing" $? "$(ls -la "$dir/a/vms")"
@@ -395,6 +397,7 @@ else
     a "preflight" 0 preflight vm b --json
     json_has "o['dry_run'] and o['ok'] and len(o['checks']) > 5 and all(c['status'] != 'fail' for c in o['checks'])"
     a "preflight for people" 0 preflight vm b
+    [[ $out == *" preflight"* && $out != *"0 B"* ]]; point "nothing is said of what was not sent" $? "$(says)"
     out_has "can move"
     a "a dry run is no migration" 0 history --json
     json_has "o['history'] == []"
