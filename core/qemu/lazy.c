@@ -442,53 +442,48 @@ static int fail_place(struct lb_hv_vm *vm, const struct lb_qemu_block *b, int e,
     return e == ENOMEM ? lb_remedy(err, "free memory on this host: the guest waits for it") : -1;
 }
 
-int lb_qemu_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
-                       const void *buf, uint64_t *placed, struct lb_error *err)
+/* offer: through our own mapping, waking nobody. *placed: pages that were missing. */
+static int place_pages(struct lb_hv_vm *vm, const struct lb_qemu_block *b, bool offer, uint64_t first, uint64_t n,
+                       const char *buf, uint64_t *placed, struct lb_error *err)
 {
-    const struct lb_qemu_block *b = lb_qemu_block(vm, blk);
-    uint64_t count = 0;
-    assert(is_lazy(b));
+    int uffd = offer ? vm->lazy_view_uffd : vm->lazy_uffd;
+    uint64_t base = offer ? (uintptr_t)b->pub.map : b->pub.hva;
+    *placed = 0;
     for (uint64_t done = 0; done < n;) {
-        uint64_t at = b->pub.hva + (first + done) * LB_PAGE_SIZE;
-        int64_t r = place_once(vm->lazy_uffd, at, (n - done) * LB_PAGE_SIZE,
-                               buf ? (const char *)buf + done * LB_PAGE_SIZE : NULL);
+        int64_t r = place_once(uffd, base + (first + done) * LB_PAGE_SIZE, (n - done) * LB_PAGE_SIZE,
+                               buf ? buf + done * LB_PAGE_SIZE : NULL);
         if (r > 0) {
             done += (uint64_t)r / LB_PAGE_SIZE;
-            count += (uint64_t)r / LB_PAGE_SIZE;
+            *placed += (uint64_t)r / LB_PAGE_SIZE;
         } else if (r == -EEXIST) {
-            wake(vm, b, first + done, 1); /* may have come another way than by placing */
+            if (!offer)
+                wake(vm, b, first + done, 1); /* may have come another way than by placing */
             done++;
         } else if (r == -EAGAIN) {
-            sched_yield(); /* its mappings are being changed */
+            sched_yield(); /* the mappings are being changed */
         } else {
             return fail_place(vm, b, (int)-r, err);
         }
     }
-    if (placed)
-        *placed = count;
     return 0;
+}
+
+int lb_qemu_lazy_place(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
+                       const void *buf, uint64_t *placed, struct lb_error *err)
+{
+    const struct lb_qemu_block *b = lb_qemu_block(vm, blk);
+    uint64_t count;
+    assert(is_lazy(b));
+    return place_pages(vm, b, false, first, n, buf, placed ? placed : &count, err);
 }
 
 int lb_qemu_lazy_offer(struct lb_hv_vm *vm, const struct lb_ram_block *blk, uint64_t first, uint64_t n,
                        const void *buf, struct lb_error *err)
 {
     const struct lb_qemu_block *b = lb_qemu_block(vm, blk);
-    if (vm->lazy_view_uffd < 0 || !is_offered(b))
-        return lb_qemu_lazy_place(vm, blk, first, n, buf, NULL, err);
-    for (uint64_t done = 0; done < n;) {
-        uint64_t at = (uintptr_t)b->pub.map + (first + done) * LB_PAGE_SIZE;
-        int64_t r = place_once(vm->lazy_view_uffd, at, (n - done) * LB_PAGE_SIZE,
-                               (const char *)buf + done * LB_PAGE_SIZE);
-        if (r > 0)
-            done += (uint64_t)r / LB_PAGE_SIZE;
-        else if (r == -EEXIST)
-            done++;
-        else if (r == -EAGAIN)
-            sched_yield(); /* our mappings are being changed */
-        else
-            return fail_place(vm, b, (int)-r, err);
-    }
-    return 0;
+    uint64_t count;
+    assert(is_lazy(b));
+    return place_pages(vm, b, vm->lazy_view_uffd >= 0 && is_offered(b), first, n, buf, &count, err);
 }
 
 struct touched {
