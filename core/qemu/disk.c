@@ -18,7 +18,6 @@
 #include <xxhash.h>
 
 #define END_MS 10000
-#define IN_USE_MS 2000
 
 struct lb_qemu_mirror {
     char name[20];     /* of job and node */
@@ -236,24 +235,6 @@ static int command(struct lb_hv_vm *vm, const char *cmd, char *args, struct lb_e
     return rc;
 }
 
-/* Forget the export. The job lets go of its node a moment after its last event. */
-static int remove_node(struct lb_hv_vm *vm, const char *name, struct lb_error *err)
-{
-    uint64_t deadline = lb_now_ns() + IN_USE_MS * UINT64_C(1000000);
-    for (;;) {
-        struct lb_error why = LB_ERROR_INIT;
-        if (command(vm, "blockdev-del", lb_asprintf("{\"node-name\":\"%s\"}", name), &why) == 0 ||
-            strstr(why.message, "ailed to find node"))
-            return 0;
-        if (!strstr(why.message, "in use") || lb_now_ns() >= deadline) {
-            if (err)
-                *err = why;
-            return -1;
-        }
-        lb_sleep_ms(2);
-    }
-}
-
 int lb_qemu_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_socket,
                         const char *export_name, struct lb_error *err)
 {
@@ -280,7 +261,7 @@ int lb_qemu_disk_mirror(struct lb_hv_vm *vm, const char *id, const char *nbd_soc
     } else if (command(vm, "blockdev-mirror", job, err) == 0) {
         return 0;
     } else {
-        remove_node(vm, m->name, NULL);
+        lb_qemu_close_node(vm, m->name, NULL);
     }
     forget_mirror(vm, mirror_of(vm, id));
     return lb_context(err, "cannot copy disk %s", id);
@@ -340,5 +321,5 @@ int lb_qemu_disk_mirror_end(struct lb_hv_vm *vm, const char *id, struct lb_error
             return -1;
     }
     forget_mirror(vm, find_mirror(vm, name));
-    return remove_node(vm, name, err);
+    return lb_qemu_close_node(vm, name, err);
 }

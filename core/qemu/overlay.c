@@ -192,7 +192,7 @@ static char *backing_name(const char *overlay, const char *base)
     return lb_asprintf("%s%s", strchr(b, ':') ? "./" : "", b + 1);
 }
 
-static int close_node(struct lb_hv_vm *vm, const char *node, struct lb_error *err)
+int lb_qemu_close_node(struct lb_hv_vm *vm, const char *node, struct lb_error *err)
 {
     uint64_t deadline = lb_now_ns() + CLOSE_MS * UINT64_C(1000000);
     for (;;) {
@@ -256,7 +256,7 @@ static int make_image(struct lb_hv_vm *vm, const struct lb_qemu_overlay *o, cons
                                "backing-fmt", qcow2 ? "qcow2" : "raw"), NULL, err);
     if (rc == 0)
         rc = wait_created(vm, o->node, err);
-    if (close_node(vm, o->node, rc == 0 ? err : NULL) < 0 || rc < 0)
+    if (lb_qemu_close_node(vm, o->node, rc == 0 ? err : NULL) < 0 || rc < 0)
         return -1;
     return make_durable(o->path, err);
 }
@@ -415,7 +415,7 @@ void lb_qemu_disk_overlay_drop(struct lb_hv_vm *vm)
     struct lb_error why = LB_ERROR_INIT;
     for (unsigned i = 0; i < vm->n_overlays; i++) {
         const struct lb_qemu_overlay *o = &vm->overlays[i];
-        if (close_node(vm, o->node, &why) < 0 && !lb_qemu_dead(vm->pidfd))
+        if (lb_qemu_close_node(vm, o->node, &why) < 0 && !lb_qemu_dead(vm->pidfd))
             lb_log_error(LB_LOG_WARN, &why); /* its file may be in use: it stays */
         else
             unlink(o->path);
@@ -552,7 +552,7 @@ static void close_joined(struct lb_hv_vm *vm, char *const *files)
             bool protocol = drv && (strcmp(drv, "file") == 0 || strcmp(drv, "host_device") == 0);
             lb_qemu_disk_path(file, vm->proc.pid, str(n, "file"));
             if (name && name[0] != '#' && protocol == (pass == 1) && is_one_of(file, files) &&
-                close_node(vm, name, &why) < 0)
+                lb_qemu_close_node(vm, name, &why) < 0)
                 lb_log_error(LB_LOG_WARN, &why);
         }
     }

@@ -332,6 +332,8 @@ int lb_qemu_disk_overlay(struct lb_hv_vm *vm, const char *id, const char *path, 
 int lb_qemu_disk_freeze(struct lb_hv_vm *vm, struct lb_error *err);
 /* A BLOCK_JOB_* event. */
 void lb_qemu_join_event(struct lb_hv_vm *vm, const char *event, const json_t *data);
+/* A node that a job may not have let go of yet; that there is none is fine. */
+int lb_qemu_close_node(struct lb_hv_vm *vm, const char *node, struct lb_error *err);
 void lb_qemu_overlays_free(struct lb_hv_vm *vm);
 /* File of the i-th overlay made ready. */
 const char *lb_qemu_overlay_path(const struct lb_hv_vm *vm, unsigned i);
@@ -371,7 +373,7 @@ int lb_qemu_identify(struct lb_hv_vm *vm, struct lb_error *err);
 /* Open qmp, at qmp_path or at what the command line names, and identify; nothing when it is open. */
 int lb_qemu_connect(struct lb_hv_vm *vm, struct lb_error *err);
 int lb_qemu_open_pagemap(struct lb_hv_vm *vm, struct lb_error *err);
-/* LB_E_HV: "QEMU (pid N) died"; true when it is dead. */
+/* The process has ended. */
 bool lb_qemu_dead(int pidfd);
 
 #endif
