@@ -265,14 +265,7 @@ static void fenced(struct prot *p)
     lb_point("pr-fenced");
     lb_prot_ship_stop(p);
     lb_tx_hang_up(&p->tx);
-    if (p->saving) {
-        void *buf = NULL;
-        size_t len;
-
-        if (!lb_hv_save_end(p->tx.vm, &buf, &len, NULL))
-            free(buf);
-        p->saving = false;
-    }
+    lb_prot_drop_save(p);
     if (lb_hv_destroy(LB_STEAL_PTR(p->tx.vm), &err) && lb_hv_end(p->base->hv, &id, &err)) {
         lb_log_error(LB_LOG_ERROR, &err);
         return; /* the record says fenced: recovery destroys it */

@@ -329,19 +329,22 @@ bool lb_prot_drain(struct prot *p, uint64_t deadline_ns)
 
 /* -------------------------------------------------------------------- the loop */
 
+void lb_prot_drop_save(struct prot *p)
+{
+    void *buf = NULL;
+    size_t len;
+
+    if (p->saving && !lb_hv_save_end(p->tx.vm, &buf, &len, NULL))
+        free(buf);
+    p->saving = false;
+}
+
 int lb_prot_resume(struct prot *p, struct lb_error *err)
 {
     struct lb_vm_ident id = lb_entry_ident(&p->entry);
     uint64_t until = lb_now_ns() + LB_PROT_CONT_FOR_NS;
 
-    if (p->saving) {
-        void *buf = NULL;
-        size_t len;
-
-        if (!lb_hv_save_end(p->tx.vm, &buf, &len, NULL))
-            free(buf);
-        p->saving = false;
-    }
+    lb_prot_drop_save(p);
     while (p->tx.stopped) {
         if (!lb_hv_cont(p->tx.vm, err))
             p->tx.stopped = false;

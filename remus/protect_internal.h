@@ -152,6 +152,7 @@ enum lb_prot_why lb_prot_engine(struct prot *p, struct lb_error *err);
 int lb_prot_epoch(struct prot *p, bool last, struct lb_error *err);
 /* Whatever happened, let the guest run. */
 int lb_prot_resume(struct prot *p, struct lb_error *err);
+void lb_prot_drop_save(struct prot *p); /* of a state that is being saved, if one is */
 /* The cards and writable disks that the VM has now; caller frees. NULL: err. */
 char *lb_prot_parts(struct prot *p, struct lb_error *err);
 /* Until every captured epoch is acked; false: it will not be. */
