@@ -32,9 +32,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         a->qmp = arg;
         return 0;
     case ARGP_KEY_ARG:
-        if (a->name)
-            argp_error(state, "unexpected argument \"%s\"", arg);
-        a->name = arg;
+        lb_arg_word(arg, state, &a->name, NULL);
         return 0;
     case ARGP_KEY_END:
         if (!a->name)
@@ -49,19 +47,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
 static void show(const json_t *o)
 {
-    size_t i;
-    json_t *w;
-
-    json_array_foreach (json_object_get(o, "warnings"), i, w) {
-        fputs("lifeboat: warning: this VM cannot be migrated as it is: ", stderr);
-        lb_print_text(stderr, json_string_value(w) ? json_string_value(w) : "");
-        fputc('\n', stderr);
-    }
-    json_array_foreach (json_object_get(o, "damages"), i, w) {
-        fputs("lifeboat: WARNING: ", stderr);
-        lb_print_text(stderr, json_string_value(w) ? json_string_value(w) : "");
-        fputc('\n', stderr);
-    }
+    lb_print_each(o, "warnings", "lifeboat: warning: this VM cannot be migrated as it is: ");
+    lb_print_each(o, "damages", "lifeboat: WARNING: ");
     printf("VM %s adopted, process %lld\n", lb_jstr(o, "name"), (long long)lb_jint(o, "pid"));
 }
 

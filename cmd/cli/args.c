@@ -45,6 +45,16 @@ bool lb_arg_number(const char *s, unsigned long min, unsigned long max, unsigned
     return !*end && *out >= min && *out <= max;
 }
 
+void lb_arg_word(char *arg, struct argp_state *state, char **first, char **second)
+{
+    if (!*first)
+        *first = arg;
+    else if (second && !*second)
+        *second = arg;
+    else
+        argp_error(state, "unexpected argument \"%s\"", arg);
+}
+
 uint64_t lb_arg_duration(const char *arg, uint64_t unit_ms, const char *option,
                          struct argp_state *state)
 {

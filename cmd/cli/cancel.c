@@ -39,9 +39,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         a->evacuation = true;
         return 0;
     case ARGP_KEY_ARG:
-        if (a->name)
-            argp_error(state, "unexpected argument \"%s\"", arg);
-        a->name = arg;
+        lb_arg_word(arg, state, &a->name, NULL);
         return 0;
     case ARGP_KEY_END:
         if (!a->name == !a->evacuation)

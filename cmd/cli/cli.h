@@ -56,6 +56,9 @@ void lb_parse(const char *cmd, const struct argp *argp, unsigned flags, int argc
 
 /* A number and nothing else. */
 bool lb_arg_number(const char *s, unsigned long min, unsigned long max, unsigned long *out);
+/* An argument that is no option: the first of these two (second: NULL, there is none) that has no value
+ * yet gets it. Exits with a usage error. */
+void lb_arg_word(char *arg, struct argp_state *state, char **first, char **second);
 /* "25ms", "1s"; a bare number is what the option's name says: unit_ms. Exits with a usage error. */
 uint64_t lb_arg_duration(const char *arg, uint64_t unit_ms, const char *option,
                          struct argp_state *state);
@@ -87,6 +90,9 @@ json_int_t lb_jint(const json_t *o, const char *key);
 bool lb_jbool(const json_t *o, const char *key);
 /* Bytes of peers, logs and guests must not move the cursor of a terminal. */
 void lb_print_text(FILE *f, const char *text);
+
+/* Every text of the array o.key on a line of its own on stderr, after lead. */
+void lb_print_each(const json_t *o, const char *key, const char *lead);
 
 /* A table whose columns are as wide as needed; cells are copied. */
 struct lb_table;

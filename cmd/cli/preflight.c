@@ -15,12 +15,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         state->child_inputs[0] = a->cli;
         return 0;
     case ARGP_KEY_ARG:
-        if (!a->name)
-            a->name = arg;
-        else if (!a->host)
-            a->host = arg;
-        else
-            argp_error(state, "unexpected argument \"%s\"", arg);
+        lb_arg_word(arg, state, &a->name, &a->host);
         return 0;
     case ARGP_KEY_END:
         if (!a->host)

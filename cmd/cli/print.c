@@ -19,6 +19,18 @@ void lb_print_text(FILE *f, const char *text)
     }
 }
 
+void lb_print_each(const json_t *o, const char *key, const char *lead)
+{
+    size_t i;
+    json_t *text;
+
+    json_array_foreach (json_object_get(o, key), i, text) {
+        fputs(lead, stderr);
+        lb_print_text(stderr, json_string_value(text) ? json_string_value(text) : "");
+        fputc('\n', stderr);
+    }
+}
+
 int lb_cli_fail(struct lb_cli *cli, const struct lb_error *err)
 {
     fputs("lifeboat: ", stderr);

@@ -81,9 +81,7 @@ static error_t parse_restore(int key, char *arg, struct argp_state *state)
         add_tap(a, arg, state);
         return 0;
     case ARGP_KEY_ARG:
-        if (a->ref)
-            argp_error(state, "unexpected argument \"%s\"", arg);
-        a->ref = arg;
+        lb_arg_word(arg, state, &a->ref, NULL);
         return 0;
     case ARGP_KEY_END:
         if (!a->ref)

@@ -41,14 +41,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
 static void show(const json_t *o)
 {
-    size_t i;
-    json_t *w;
-
-    json_array_foreach (json_object_get(o, "warnings"), i, w) {
-        fputs("lifeboat: warning: ", stderr);
-        lb_print_text(stderr, json_string_value(w) ? json_string_value(w) : "");
-        fputc('\n', stderr);
-    }
+    lb_print_each(o, "warnings", "lifeboat: warning: ");
     printf("VM %s runs, process %lld\n", lb_jstr(o, "name"), (long long)lb_jint(o, "pid"));
 }
 
