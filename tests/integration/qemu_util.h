@@ -18,6 +18,7 @@
 
 #include "core/hv.h"
 #include "core/qemu/qemu.h"
+#include "tests/lib/check.h"
 
 /* bootsec.S */
 static const unsigned char boot_code[] = {
@@ -27,14 +28,6 @@ static const unsigned char boot_code[] = {
 };
 #define BOOT_FIRST_PAGE 0x20u
 #define BOOT_N_PAGES 32u
-
-#define OK(call)                                                                                  \
-    do {                                                                                          \
-        struct lb_error e_ = LB_ERROR_INIT;                                                       \
-        struct lb_error *err = &e_;                                                               \
-        if ((call) < 0)                                                                           \
-            fail_msg("%s: %s (%s)", #call, err->message, err->remedy);                            \
-    } while (0)
 
 struct qemu {
     char dir[64];
@@ -47,6 +40,12 @@ static inline const char *qemu_bin(void)
 {
     const char *b = getenv("LB_TEST_QEMU");
     return b ? b : "/usr/bin/qemu-system-x86_64";
+}
+
+static inline const char *guest_dir(void)
+{
+    const char *d = getenv("LB_GUEST");
+    return d ? d : "build/guest";
 }
 
 static inline void qemu_dir(struct qemu *q)

@@ -7,13 +7,10 @@
  * acknowledged, is nothing left elsewhere, and was the promise kept?
  */
 #include "tests/integration/etcd_util.h"
+#include "tests/integration/host_util.h"
 
-#include <errno.h>
-#include <stdatomic.h>
-#include <sys/eventfd.h>
 #include <sys/stat.h>
 
-#include "core/fake/fake.h"
 #include "migrate/handover.h"
 #include "migrate/rx.h"
 #include "migrate/tx.h"
@@ -30,87 +27,27 @@
 
 /* ------------------------------------------------------------------- two hosts */
 
-struct host {
-    char name[16], dir[64];
-    struct lb_identity id;
-    int listen_fd;
-    uint16_t port;
-    pthread_t thread;
-    pthread_mutex_t mu;
-    int conns[16];
-    unsigned n_conns, serving;
-    uint8_t want[LB_SESSION_ID_BYTES];
-    _Atomic bool quit;
-    /* of the last protection served */
+static struct host A, B;
+
+/* Of the last protection that B served; by B.mu. */
+static struct {
     int cancel_fd, failover_fd;
     bool force;
     int rc;
     bool promoted;
     struct lb_error err;
     char state[32], note[256];
-};
-static struct host A, B;
+} bk;
 static struct etcd_cluster etcd;
 static char fence_dir[64], fence_spec[128];
-
-static int listen_any(uint16_t *port)
-{
-    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t len = sizeof(a);
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-    assert_return_code(bind(fd, (struct sockaddr *)&a, sizeof(a)), errno);
-    assert_return_code(listen(fd, 64), errno);
-    assert_return_code(getsockname(fd, (struct sockaddr *)&a, &len), errno);
-    *port = ntohs(a.sin_port);
-    return fd;
-}
-
-static bool is_trusted(const uint8_t pub[LB_KEY_BYTES], void *arg)
-{
-    struct host *h = arg;
-    struct lb_hosts v = {0};
-    bool ok = !lb_hosts_load(h->dir, &v, NULL) && lb_hosts_by_key(&v, pub);
-
-    lb_hosts_free(&v);
-    return ok;
-}
-
-static int want_conns(const uint8_t id[LB_SESSION_ID_BYTES], const char *vm, struct lb_error *err,
-                      void *arg)
-{
-    struct host *h = arg;
-
-    (void)vm, (void)err;
-    memcpy(h->want, id, LB_SESSION_ID_BYTES);
-    return 0;
-}
-
-static int take_conn(unsigned timeout_ms, struct lb_error *err, void *arg)
-{
-    struct host *h = arg;
-    int fd = -1;
-
-    for (unsigned i = 0; i < timeout_ms / 5 && fd < 0; i++) {
-        pthread_mutex_lock(&h->mu);
-        if (h->n_conns) {
-            fd = h->conns[0];
-            memmove(h->conns, h->conns + 1, sizeof(int) * --h->n_conns);
-        }
-        pthread_mutex_unlock(&h->mu);
-        if (fd < 0)
-            lb_sleep_ms(5);
-    }
-    return fd >= 0 ? fd : lb_fail(err, LB_E_NET, "no bulk connection came");
-}
 
 static void on_status(const struct lb_protect_status *s, void *arg)
 {
     struct host *h = arg;
 
     pthread_mutex_lock(&h->mu);
-    snprintf(h->state, sizeof(h->state), "%s", s->state);
-    snprintf(h->note, sizeof(h->note), "%s", s->note);
+    snprintf(bk.state, sizeof(bk.state), "%s", s->state);
+    snprintf(bk.note, sizeof(bk.note), "%s", s->note);
     pthread_mutex_unlock(&h->mu);
     assert_string_equal(s->role, "backup");
 }
@@ -119,16 +56,16 @@ static int serve_other(const struct lb_session_env *env, struct lb_chan *chan, c
                        Lb__Control *first, char *vm_name, struct lb_error *err)
 {
     struct host *h = env->arg;
-    struct lb_remus_env re = {.base = *env, .failover_fd = h->failover_fd,
-                              .failover_force = &h->force, .status = on_status};
+    struct lb_remus_env re = {.base = *env, .failover_fd = bk.failover_fd,
+                              .failover_force = &bk.force, .status = on_status};
     bool promoted;
     int rc = lb_backup_serve(&re, chan, peer, first, vm_name, &promoted, err);
 
     pthread_mutex_lock(&h->mu);
-    h->rc = rc;
-    h->promoted = promoted;
+    bk.rc = rc;
+    bk.promoted = promoted;
     if (rc)
-        h->err = *err;
+        bk.err = *err;
     pthread_mutex_unlock(&h->mu);
     return rc;
 }
@@ -136,131 +73,29 @@ static int serve_other(const struct lb_session_env *env, struct lb_chan *chan, c
 static struct lb_session_env env_of(struct host *h)
 {
     return (struct lb_session_env){.state_dir = h->dir, .hv = &lb_hv_fake, .identity = &h->id,
-                                   .cancel_fd = h->cancel_fd, .want_conns = want_conns,
+                                   .cancel_fd = h == &B ? bk.cancel_fd : -1, .want_conns = want_conns,
                                    .take_conn = take_conn, .serve_other = serve_other, .arg = h};
 }
 
-struct conn {
-    struct host *h;
-    int fd;
-};
-
-static void *conn_main(void *arg)
+static void state_of(char state[32], char note[256])
 {
-    struct conn *c = arg;
-    struct host *h = c->h;
-    uint8_t pre[LB_PREAMBLE_BYTES];
-    struct lb_preamble p;
-    struct lb_chan *chan;
-    struct lb_session_env env = env_of(h);
-    struct lb_error err = LB_ERROR_INIT;
-    char vm[128] = "";
-
-    if (lb_read_all(c->fd, pre, sizeof(pre), NULL) || lb_preamble_parse(pre, &p, NULL)) {
-        close(c->fd);
-    } else if (p.kind == 'D' && memcmp(p.session_id, h->want, sizeof(h->want))) {
-        close(c->fd);
-    } else if (p.kind == 'D') {
-        pthread_mutex_lock(&h->mu);
-        h->conns[h->n_conns++] = c->fd;
-        pthread_mutex_unlock(&h->mu);
-    } else if (!lb_chan_accept(lb_tcp_from_fd(c->fd), &h->id, is_trusted, h, 5000, &chan, NULL)) {
-        struct lb_hosts v = {0};
-
-        lb_hosts_load(h->dir, &v, NULL);
-        lb_serve_channel(&env, chan, lb_hosts_by_key(&v, lb_chan_peer_key(chan))->name, vm, &err);
-        lb_chan_close(chan);
-        lb_hosts_free(&v);
-    }
-    pthread_mutex_lock(&h->mu);
-    h->serving--;
-    pthread_mutex_unlock(&h->mu);
-    free(c);
-    return NULL;
+    pthread_mutex_lock(&B.mu);
+    snprintf(state, 32, "%s", bk.state);
+    snprintf(note, 256, "%s", bk.note);
+    pthread_mutex_unlock(&B.mu);
 }
 
-static void *host_main(void *arg)
-{
-    struct host *h = arg;
-
-    for (;;) {
-        int fd = accept4(h->listen_fd, NULL, NULL, SOCK_CLOEXEC);
-        struct conn *c;
-        pthread_t t;
-
-        if (fd < 0 || h->quit)
-            return NULL;
-        c = lb_alloc(sizeof(*c));
-        c->h = h;
-        c->fd = fd;
-        pthread_mutex_lock(&h->mu);
-        h->serving++;
-        pthread_mutex_unlock(&h->mu);
-        pthread_create(&t, NULL, conn_main, c);
-        pthread_detach(t);
-    }
-}
-
-static void host_up(struct host *h, const char *name)
-{
-    memset(h, 0, sizeof(*h));
-    snprintf(h->name, sizeof(h->name), "%s", name);
-    snprintf(h->dir, sizeof(h->dir), "/tmp/lb-test-%s-XXXXXX", name);
-    assert_non_null(mkdtemp(h->dir));
-    assert_return_code(lb_identity_load(h->dir, &h->id, NULL), 0);
-    pthread_mutex_init(&h->mu, NULL);
-    h->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    h->failover_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    h->listen_fd = listen_any(&h->port);
-    pthread_create(&h->thread, NULL, host_main, h);
-}
-
-static void host_down(struct host *h)
-{
-    h->quit = true;
-    shutdown(h->listen_fd, SHUT_RDWR);
-    pthread_join(h->thread, NULL);
-    close(h->listen_fd);
-    close(h->cancel_fd);
-    close(h->failover_fd);
-    lb_remove_tree(h->dir, NULL);
-}
-
-/* The sessions of that host have ended. */
-static void idle(struct host *h)
-{
-    for (int i = 0; i < 6000; i++) {
-        unsigned n;
-
-        pthread_mutex_lock(&h->mu);
-        n = h->serving;
-        pthread_mutex_unlock(&h->mu);
-        if (!n)
-            return;
-        lb_sleep_ms(5);
-    }
-    fail_msg("the session on host %s did not end", h->name);
-}
-
-static void state_of(struct host *h, char state[32], char note[256])
-{
-    pthread_mutex_lock(&h->mu);
-    snprintf(state, 32, "%s", h->state);
-    snprintf(note, 256, "%s", h->note);
-    pthread_mutex_unlock(&h->mu);
-}
-
-static void expect_state(struct host *h, const char *state)
+static void expect_state(const char *state)
 {
     char now[32] = "", note[256] = "";
 
     for (int i = 0; i < 2000; i++) {
-        state_of(h, now, note);
+        state_of(now, note);
         if (!strcmp(now, state))
             return;
         lb_sleep_ms(2);
     }
-    fail_msg("host %s is \"%s\", not \"%s\": %s", h->name, now, state, note);
+    fail_msg("host B is \"%s\", not \"%s\": %s", now, state, note);
 }
 
 static void ring(int fd)
@@ -405,20 +240,11 @@ static void boot(struct primary *p, bool disk)
 {
     struct lb_fake_config c = {.name = VM, .ram_bytes = 4 << 20, .touched_pages = 500,
                                .disk_bytes = DISK_BYTES, .disk_path = "/nowhere/disk.img"};
-    struct lb_fake_stats st;
-    struct lb_error err = LB_ERROR_INIT;
 
     memset(p, 0, sizeof(*p));
     p->disk = disk;
-    must(lb_fake_start(&c, &p->id, &err), &err);
-    snprintf(p->entry.name, sizeof(p->entry.name), VM);
-    snprintf(p->entry.hypervisor, sizeof(p->entry.hypervisor), "fake");
-    snprintf(p->entry.origin, sizeof(p->entry.origin), "run");
-    lb_fake_address(p->id, p->entry.qmp_path);
-    lb_proc_identify(getpid(), &p->entry.proc, NULL);
-    assert_return_code(lb_vm_entry_save(A.dir, &p->entry, NULL), 0);
-    assert_return_code(lb_fake_stats(p->id, &st, NULL), 0);
-    p->nonce = st.nonce;
+    p->id = boot_fake(A.dir, &c, &p->entry);
+    p->nonce = stats_of(p->id).nonce;
 }
 
 static void request(struct primary *p, const char *witness, struct lb_error *err)
@@ -543,10 +369,10 @@ static void protect(struct primary *p, const char *witness, bool disk)
     Lb__Control m = LB__CONTROL__INIT;
     Lb__Armed armed = LB__ARMED__INIT;
 
-    B.rc = 1;
-    B.promoted = false;
-    B.err = (struct lb_error){0};
-    B.state[0] = B.note[0] = '\0';
+    bk.rc = 1;
+    bk.promoted = false;
+    bk.err = (struct lb_error){0};
+    bk.state[0] = bk.note[0] = '\0';
     boot(p, disk);
     p->env = env_of(&A);
     for (int i = 0; i < LB_SESSION_ID_BYTES; i++)
@@ -572,7 +398,7 @@ static void protect(struct primary *p, const char *witness, bool disk)
     assert_return_code(pthread_create(&p->beater, NULL, beater_main, p), 0);
     epoch(p, 20, true);
     acked(p);
-    expect_state(&B, "standby");
+    expect_state("standby");
     for (int i = 0; i < 3000 && !p->answers; i++)
         lb_sleep_ms(1);
     assert_true(p->answers > 0);
@@ -604,15 +430,6 @@ static void primary_end(struct primary *p)
 
 /* ------------------------------------------------------------------- the questions */
 
-static lb_fake_id id_in(struct host *h)
-{
-    struct lb_vm_entry e;
-
-    if (lb_vm_entry_load(h->dir, VM, &e, NULL))
-        return 0;
-    return strtoull(e.qmp_path + 5, NULL, 10);
-}
-
 static void check_nothing(struct host *h)
 {
     struct lb_remus_record r;
@@ -635,13 +452,13 @@ static void check_promoted(struct primary *p, uint64_t at)
     uint64_t bad = 1;
     lb_fake_id id;
 
-    if (!B.promoted)
-        fail_msg("not promoted: %s", B.err.message);
-    assert_int_equal(B.rc, 0);
+    if (!bk.promoted)
+        fail_msg("not promoted: %s", bk.err.message);
+    assert_int_equal(bk.rc, 0);
     assert_return_code(lb_vm_entry_load(B.dir, VM, &e, NULL), 0);
     assert_int_equal(e.state, LB_VM_RUNNING);
     assert_string_equal(e.note, "failed over from A");
-    id = id_in(&B);
+    id = fake_in(B.dir, VM);
     assert_return_code(lb_fake_stats(id, &st, NULL), 0);
     assert_true(st.running && st.nonce == p->nonce && st.announces > 0);
     assert_int_equal(st.writes, p->writes[at]);
@@ -672,19 +489,9 @@ static void check_stayed(struct primary *p)
     assert_int_equal(lb_fake_running(VM), 1);
     assert_int_equal(lb_fake_count(VM), 1);
     check_nothing(&B);
-    assert_false(B.promoted);
+    assert_false(bk.promoted);
     assert_return_code(lb_journal_load(B.dir, p->rec.id, &j, NULL), 0);
     assert_int_equal(j.state, LB_J_REFUSED);
-}
-
-static void trust(struct host *who, struct host *whom)
-{
-    struct lb_host h = {0};
-
-    snprintf(h.name, sizeof(h.name), "%s", whom->name);
-    snprintf(h.address, sizeof(h.address), "127.0.0.1:%u", whom->port);
-    memcpy(h.pub, whom->id.pub, LB_KEY_BYTES);
-    assert_return_code(lb_hosts_trust(who->dir, &h, NULL), 0);
 }
 
 /* The command notes when it was called, and says what the file "verdict" says. */
@@ -739,10 +546,12 @@ static int group_up(void **state)
     if (!own_network())
         return -1;
     etcd_open_cluster(&etcd, 1);
+    bk.cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    bk.failover_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     host_up(&A, "A");
     host_up(&B, "B");
-    trust(&A, &B);
-    trust(&B, &A);
+    trust(&A, &B, B.port);
+    trust(&B, &A, A.port);
     fence_up();
     return 0;
 }
@@ -752,6 +561,8 @@ static int group_down(void **state)
     (void)state;
     host_down(&A);
     host_down(&B);
+    close(bk.cancel_fd);
+    close(bk.failover_fd);
     etcd_close_cluster(&etcd);
     lb_remove_tree(fence_dir, NULL);
     return 0;
@@ -775,9 +586,9 @@ static int fresh(void **state)
     unlink(calls);
     unlink(image);
     fence_says("0");
-    quiet(B.cancel_fd);
-    quiet(B.failover_fd);
-    B.force = false;
+    quiet(bk.cancel_fd);
+    quiet(bk.failover_fd);
+    bk.force = false;
     return 0;
 }
 
@@ -837,7 +648,7 @@ static void test_promise(void **state)
         p.answers = 0;
     }
     assert_int_equal(fence_called(), 0);
-    expect_state(&B, "standby");
+    expect_state("standby");
     die(&p, true);
     idle(&B);
     check_promoted(&p, 1);
@@ -875,7 +686,7 @@ static void test_lost(void **state)
                      LB_CLAIM_WON);
     die(&p, false);
     idle(&B);
-    assert_int_equal(B.rc, -1);
+    assert_int_equal(bk.rc, -1);
     check_stayed(&p);
     primary_end(&p);
 }
@@ -892,7 +703,7 @@ static void test_unreachable(void **state)
     die(&p, true);
     lb_sleep_ms(PROMISE_MS + 800);
     assert_int_equal(lb_fake_running(VM), 0);
-    expect_state(&B, "promoting");
+    expect_state("promoting");
     etcd_signal(&etcd, 0, SIGCONT);
     idle(&B);
     check_promoted(&p, 1);
@@ -938,7 +749,7 @@ static void test_discard(void **state)
     send_msg(&p, &m);
     assert_true(wait_for(&p.discarded, 3000));
     idle(&B);
-    assert_int_equal(B.rc, 0);
+    assert_int_equal(bk.rc, 0);
     check_stayed(&p);
     primary_end(&p);
 }
@@ -963,7 +774,7 @@ static void test_yield(void **state)
 
     (void)state;
     protect(&p, fence_spec, true);
-    ring(B.failover_fd);
+    ring(bk.failover_fd);
     assert_true(wait_for(&p.yield_asked, 3000));
     epoch(&p, 10, true);
     acked(&p);
@@ -989,16 +800,16 @@ static void test_manual(void **state)
     die(&p, true);
     lb_sleep_ms(PROMISE_MS + 100);
     assert_int_equal(lb_fake_running(VM), 0);
-    expect_state(&B, "standby");
-    ring(B.failover_fd);
+    expect_state("standby");
+    ring(bk.failover_fd);
     for (int i = 0; i < 2000 && strncmp(note, "failover refused", 16); i++) {
         lb_sleep_ms(1);
-        state_of(&B, now, note);
+        state_of(now, note);
     }
     assert_non_null(strstr(note, "--force"));
     assert_int_equal(lb_fake_running(VM), 0);
-    B.force = true;
-    ring(B.failover_fd);
+    bk.force = true;
+    ring(bk.failover_fd);
     idle(&B);
     check_promoted(&p, 1);
     primary_end(&p);
@@ -1011,10 +822,10 @@ static void test_receiver_dies(void **state)
 
     (void)state;
     protect(&p, spec, true);
-    lb_fake_kill(id_in(&B), NULL);
+    lb_fake_kill(fake_in(B.dir, VM), NULL);
     assert_true(wait_for(&p.ended, 3000));
     idle(&B);
-    assert_int_equal(B.err.code, LB_E_HV);
+    assert_int_equal(bk.err.code, LB_E_HV);
     check_stayed(&p);
     primary_end(&p);
 }
@@ -1026,10 +837,10 @@ static void test_cancel(void **state)
 
     (void)state;
     protect(&p, spec, false);
-    ring(B.cancel_fd);
+    ring(bk.cancel_fd);
     assert_true(wait_for(&p.ended, 3000));
     idle(&B);
-    assert_int_equal(B.err.code, LB_E_CANCELLED);
+    assert_int_equal(bk.err.code, LB_E_CANCELLED);
     check_stayed(&p);
     primary_end(&p);
 }
@@ -1049,11 +860,11 @@ static void test_faults(void **state)
         die(&p, true);
         idle(&B);
         if (slots[i] == LB_FAKE_LOAD_STATE) {
-            assert_int_equal(B.rc, -1);
+            assert_int_equal(bk.rc, -1);
             assert_int_equal(lb_fake_count(VM), 0);
             check_nothing(&B);
         } else {
-            assert_true(B.promoted);
+            assert_true(bk.promoted);
         }
         primary_end(&p);
         fresh(NULL);
@@ -1094,7 +905,7 @@ static void test_run_dies(void **state)
     lb_fake_die(LB_FAKE_RUN, 1);
     die(&p, false);
     idle(&B);
-    assert_int_equal(B.rc, -1);
+    assert_int_equal(bk.rc, -1);
     check_stayed(&p);
     primary_end(&p);
     rec = p.rec;
@@ -1118,14 +929,14 @@ static void test_supersede(void **state)
     (void)state;
     protect(&old, "manual", false);
     die(&old, true);
-    expect_state(&B, "standby");
+    expect_state("standby");
     primary_end(&old);
     lb_vm_entry_remove(A.dir, VM, NULL);
     protect(&p, "manual", false);
     assert_int_equal(lb_fake_running(VM), 1);
     die(&p, false);
-    B.force = true;
-    ring(B.failover_fd);
+    bk.force = true;
+    ring(bk.failover_fd);
     idle(&B);
     check_promoted(&p, 1);
     primary_end(&p);
@@ -1313,7 +1124,7 @@ static void test_recover_unreachable(void **state)
     assert_return_code(lb_fake_stats(p.id, &st, NULL), 0);
     assert_true(st.alive && !st.running);
     etcd_signal(&etcd, 0, SIGCONT);
-    trust(&A, &B);
+    trust(&A, &B, B.port);
     assert_int_equal(recover(&A, &code), 0);
     check_goes_on();
 }
@@ -1382,7 +1193,7 @@ static void test_recover_forgetful(void **state)
         assert_int_equal(code, LB_E_UNDECIDED);
         assert_int_equal(lb_fake_running(VM), 0);
         assert_int_equal(fence_called(), 0);
-        trust(&A, &B);
+        trust(&A, &B, B.port);
         assert_int_equal(recover(&A, &code), 0);
         check_goes_on();
         fresh(NULL);
@@ -1497,9 +1308,9 @@ static void test_recover_backup(void **state)
         if (cases[i].runs) {
             assert_return_code(lb_vm_entry_load(B.dir, VM, &e, NULL), 0);
             assert_int_equal(e.state, LB_VM_RUNNING);
-            assert_return_code(lb_fake_stats(id_in(&B), &st, NULL), 0);
+            assert_return_code(lb_fake_stats(fake_in(B.dir, VM), &st, NULL), 0);
             assert_true(st.running && st.announces);
-            assert_return_code(lb_fake_verify(id_in(&B), &bad, NULL), 0);
+            assert_return_code(lb_fake_verify(fake_in(B.dir, VM), &bad, NULL), 0);
             assert_int_equal(bad, 0);
             assert_int_equal(j.state, LB_J_RUNNING);
             if (cases[i].says == LB_J_PREPARED) /* the promise is kept by recovery, too */
@@ -1526,11 +1337,11 @@ static void test_recover_backup_unreachable(void **state)
     etcd_signal(&etcd, 0, SIGSTOP);
     assert_int_equal(recover(&B, &code), -1);
     assert_int_equal(code, LB_E_UNDECIDED);
-    assert_return_code(lb_fake_stats(id_in(&B), &st, NULL), 0);
+    assert_return_code(lb_fake_stats(fake_in(B.dir, VM), &st, NULL), 0);
     assert_true(st.alive && !st.running);
     etcd_signal(&etcd, 0, SIGCONT);
     assert_int_equal(recover(&B, &code), 0);
-    assert_return_code(lb_fake_stats(id_in(&B), &st, NULL), 0);
+    assert_return_code(lb_fake_stats(fake_in(B.dir, VM), &st, NULL), 0);
     assert_true(st.running);
 }
 

@@ -5,70 +5,31 @@
  * What is in a file is judged by a guest made of it here, by hand: place what the chain holds, load the state,
  * ask the guest whether it finds every page as it left it.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <cmocka.h>
+#include "tests/integration/ckpt_fake_util.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 
-#include "checkpoint/checkpoint.h"
 #include "checkpoint/take.h"
-#include "core/fake/fake.h"
 
 #define RAM (8u << 20)
 #define DISK (1u << 20)
 
-static char dir[64], catalog[96], disk[96];
+static char disk[96];
 
 static const struct lb_fake_config busy = {.name = "vm", .ram_bytes = RAM, .touched_pages = 900,
                                            .rate_pages_per_s = 3000, .working_set_pages = 600,
                                            .disk_bytes = DISK, .disk_writes_per_s = 200, .disk_path = disk};
 
-static struct {
-    int cancel_fd;
-    unsigned reports, cancel_at;     /* 0: never */
-    enum lb_ckpt_phase last;
-    double percent;
-} seen;
-
-static void on_report(const struct lb_ckpt_progress *p, void *arg)
-{
-    uint64_t one = 1;
-
-    (void)arg;
-    assert_true(p->percent >= seen.percent && p->percent <= 100 && p->phase >= seen.last);
-    seen.percent = p->percent;
-    seen.last = p->phase;
-    if (++seen.reports == seen.cancel_at)
-        assert_int_equal(write(seen.cancel_fd, &one, sizeof(one)), sizeof(one));
-}
-
-static struct lb_ckpt_env env_here(void)
-{
-    seen.reports = 0;
-    seen.percent = 0;
-    seen.last = LB_CKPT_PREPARING;
-    return (struct lb_ckpt_env){.state_dir = dir, .catalog_dir = catalog, .hv = &lb_hv_fake, .cancel_fd = seen.cancel_fd,
-                                .report = on_report};
-}
-
 static int setup(void **state)
 {
     (void)state;
-    strcpy(dir, "/tmp/lb-test-ckpt-XXXXXX");
-    assert_non_null(mkdtemp(dir));
-    snprintf(catalog, sizeof(catalog), "%s/checkpoints", dir);
+    dir_up();
     snprintf(disk, sizeof(disk), "%s/d.img", dir);
-    seen.cancel_fd = -1;
-    seen.cancel_at = 0;
     return 0;
 }
 
@@ -84,39 +45,9 @@ static int teardown(void **state)
 
 static lb_fake_id boot(const struct lb_fake_config *c, struct lb_vm_entry *e)
 {
-    struct lb_error err = LB_ERROR_INIT;
-    lb_fake_id id;
-
     close(open(disk, O_RDWR | O_CREAT, 0600));
     assert_int_equal(truncate(disk, DISK), 0);
-    if (lb_fake_start(c, &id, &err))
-        fail_msg("%s", err.message);
-    memset(e, 0, sizeof(*e));
-    snprintf(e->name, sizeof(e->name), "%s", c->name);
-    snprintf(e->hypervisor, sizeof(e->hypervisor), "fake");
-    snprintf(e->origin, sizeof(e->origin), "run");
-    lb_fake_address(id, e->qmp_path);
-    assert_int_equal(lb_proc_identify(getpid(), &e->proc, NULL), 0);
-    assert_int_equal(lb_vm_entry_save(dir, e, NULL), 0);
-    return id;
-}
-
-static struct lb_fake_stats stats_of(lb_fake_id id)
-{
-    struct lb_fake_stats st;
-
-    assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
-    return st;
-}
-
-static struct lb_vm_entry entry_now(void)
-{
-    struct lb_vm_entry e;
-    struct lb_error err = LB_ERROR_INIT;
-
-    if (lb_vm_entry_load(dir, "vm", &e, &err))
-        fail_msg("%s", err.message);
-    return e;
+    return boot_fake(dir, c, e);
 }
 
 static uint64_t bad_pages(lb_fake_id id)
@@ -240,7 +171,7 @@ static void assert_nothing_left(unsigned overlays)
 static int take(const struct lb_take_opts *o, struct lb_take_result *res, struct lb_error *err)
 {
     struct lb_ckpt_env env = env_here();
-    struct lb_vm_entry e = entry_now();
+    struct lb_vm_entry e = entry_in(dir, "vm");
     struct lb_error why = LB_ERROR_INIT;
     int rc = lb_ckpt_take(&env, &e, o, res, &why);
 
@@ -268,7 +199,7 @@ static void live_with(const struct lb_fake_config *c)
     assert_string_equal(res.ref, "vm@1");
     assert_true(res.pause_ms > 0 && res.rounds >= 1 && res.stats.stored_pages > 0);
     assert_int_equal(res.disks, 1);
-    e = entry_now();
+    e = entry_in(dir, "vm");
     assert_int_equal(e.state, LB_VM_RUNNING);
     assert_string_equal(e.checkpoint, "vm@1");
     assert_good("vm@1", id, true);
@@ -396,7 +327,7 @@ static void test_suspend(void **state)
     (void)state;
     boot(&busy, &e);
     take(&o, &res, NULL);
-    e = entry_now();
+    e = entry_in(dir, "vm");
     assert_int_equal(e.state, LB_VM_SUSPENDED);
     assert_int_equal(e.proc.pid, 0);
     assert_string_equal(e.checkpoint, "vm@suspend");
@@ -425,7 +356,7 @@ static void test_paused(void **state)
     assert_int_equal(lb_catalog_find(catalog, "vm@1", NULL, &ck, NULL), 0);
     assert_true(ck.info.meta.paused);
     lb_ckpt_entry_free(&ck);
-    assert_int_equal(entry_now().state, LB_VM_RUNNING);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_RUNNING);
     o.suspend = true;
     take(&o, &res, NULL);
     assert_int_equal(lb_catalog_find(catalog, "vm@suspend", NULL, &ck, NULL), 0);
@@ -497,7 +428,7 @@ static void test_refused(void **state)
             assert_int_equal(take(&o, &res, &err), -1);
             assert_int_equal(err.code, LB_E_STATE);
             assert_true(err.remedy[0]);
-            assert_int_equal(entry_now().state, not[i]);
+            assert_int_equal(entry_in(dir, "vm").state, not[i]);
             assert_int_equal(lb_fake_calls(LB_FAKE_STOP), 0);
         }
     assert_goes_on(id);
@@ -509,7 +440,7 @@ static void assert_as_before(lb_fake_id id)
 {
     assert_goes_on(id);
     assert_int_equal(bad_pages(id), 0);
-    assert_int_equal(entry_now().state, LB_VM_RUNNING);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_RUNNING);
     assert_int_equal(lb_fake_running("vm"), 1);
     assert_nothing_left(0);
 }
@@ -540,10 +471,10 @@ static void test_cancel(void **state)
             assert_int_equal(err.code, LB_E_CANCELLED);
             assert_int_equal(checkpoints(), (unsigned)suspend);
             assert_goes_on(id);
-            assert_int_equal(entry_now().state, LB_VM_RUNNING);
+            assert_int_equal(entry_in(dir, "vm").state, LB_VM_RUNNING);
             assert_nothing_left((unsigned)suspend);
         }
-    assert_int_equal(entry_now().state, LB_VM_SUSPENDED);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_SUSPENDED);
     assert_good("vm@suspend", 0, true);
 }
 
@@ -569,7 +500,7 @@ static void test_undo_later(void **state)
     seen.cancel_at = 0;
     assert_int_equal(lb_fake_calls(LB_FAKE_DISK_JOIN), 1);
     assert_goes_on(id);
-    assert_int_equal(entry_now().state, LB_VM_RUNNING);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_RUNNING);
     snprintf(path, sizeof(path), "%s/vms/vm", dir);
     assert_int_equal(count_files(path, "take.json"), 1);
     assert_int_equal(count_files(dir, ".lb-vm-1"), 1);
@@ -605,7 +536,7 @@ static bool one_fault(enum lb_fake_slot slot, unsigned nth, enum how how, bool s
     reached = lb_fake_calls(slot) >= nth;
     died = how == DIES && reached;
     lb_fake_fail(slot, 0, LB_E_HV);
-    e = entry_now();
+    e = entry_in(dir, "vm");
     if (suspend && !rc) {
         assert_int_equal(e.state, LB_VM_SUSPENDED);
         assert_int_equal(lb_fake_count("vm"), 0);
@@ -723,7 +654,7 @@ static void test_recover_pause(void **state)
     struct lb_error err;
     recover(&err); /* not this time: the entry still says what it is */
     assert_int_equal(err.code, LB_E_HV);
-    assert_int_equal(entry_now().state, LB_VM_CHECKPOINTING);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_CHECKPOINTING);
     assert_false(stats_of(id).running);
     recover(NULL);
     assert_as_before(id);
@@ -731,7 +662,7 @@ static void test_recover_pause(void **state)
     killed_in_pause(&e, "vm@7", &rec);
     recover(NULL);
     assert_false(stats_of(id).running);
-    assert_int_equal(entry_now().state, LB_VM_RUNNING);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_RUNNING);
 }
 
 /* Killed when the file had its name and nothing else was said: the guest decides which of the two it is. */
@@ -745,12 +676,12 @@ static void test_recover_committed(void **state)
 
     (void)state;
     take(&o, &res, NULL); /* the guest has ended: as when it died after the session */
-    e = entry_now();
+    e = entry_in(dir, "vm");
     e.state = LB_VM_CHECKPOINTING;
     assert_int_equal(lb_vm_entry_save(dir, &e, NULL), 0);
     assert_int_equal(lb_take_record_save(dir, "vm", &rec, NULL), 0);
     recover(NULL);
-    assert_int_equal(entry_now().state, LB_VM_SUSPENDED);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_SUSPENDED);
     assert_good("vm@suspend", 0, true);
     assert_nothing_left(0);
 
@@ -762,7 +693,7 @@ static void test_recover_committed(void **state)
 
     o.suspend = false;
     take(&o, &res, NULL);
-    e = entry_now();
+    e = entry_in(dir, "vm");
     rec.number = 1;
     rec.frozen = true;
     rec.disks = lb_alloc(sizeof(*rec.disks));
@@ -775,7 +706,7 @@ static void test_recover_committed(void **state)
     assert_goes_on(id);
     assert_good("vm@1", id, true);
     assert_nothing_left(1);
-    assert_string_equal(entry_now().checkpoint, "vm@1");
+    assert_string_equal(entry_in(dir, "vm").checkpoint, "vm@1");
 
     lb_fake_kill(id, NULL); /* a checkpoint that came to nothing, then the guest died */
     e.state = LB_VM_CHECKPOINTING;
@@ -786,7 +717,7 @@ static void test_recover_committed(void **state)
     close(open(rec.disks[0].overlay, O_CREAT | O_RDWR, 0600));
     assert_int_equal(lb_take_record_save(dir, "vm", &rec, NULL), 0);
     recover(NULL);
-    assert_int_equal(entry_now().state, LB_VM_DEAD);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_DEAD);
     assert_nothing_left(1);
     lb_take_record_free(&rec);
 }
@@ -802,7 +733,7 @@ static void test_recover_suspended(void **state)
     (void)state;
     boot(&busy, &e);
     take(&o, &res, NULL);
-    sus = entry_now();
+    sus = entry_in(dir, "vm");
     id = boot(&busy, &e); /* decided, but the process is still there */
     sus.proc = e.proc;
     memcpy(sus.qmp_path, e.qmp_path, sizeof(sus.qmp_path));
@@ -814,8 +745,8 @@ static void test_recover_suspended(void **state)
     assert_int_equal(rename(disk, res.path), 0);
     recover(NULL);
     assert_int_equal(lb_fake_count("vm"), 0);
-    assert_int_equal(entry_now().state, LB_VM_SUSPENDED);
-    assert_int_equal(entry_now().proc.pid, 0);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_SUSPENDED);
+    assert_int_equal(entry_in(dir, "vm").proc.pid, 0);
 
     id = boot(&busy, &e); /* a receiver that was to become it */
     e.state = LB_VM_RESTORING;
@@ -823,7 +754,7 @@ static void test_recover_suspended(void **state)
     assert_int_equal(lb_vm_entry_save(dir, &e, NULL), 0);
     recover(NULL);
     assert_int_equal(lb_fake_count("vm"), 0);
-    assert_int_equal(entry_now().state, LB_VM_SUSPENDED);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_SUSPENDED);
     id = boot(&busy, &e); /* or another VM */
     e.state = LB_VM_RESTORING;
     strcpy(e.checkpoint, "other@suspend");

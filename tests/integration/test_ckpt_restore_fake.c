@@ -5,66 +5,24 @@
  * After each of these the VM is in exactly one place - a guest that runs, or a file that is whole - and a second
  * try brings it back with every page as it left it.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <cmocka.h>
+#include "tests/integration/ckpt_fake_util.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <string.h>
 #include <sys/eventfd.h>
 
 #include "checkpoint/fill.h"
-#include "core/fake/fake.h"
 
 #define RAM (4u << 20)
-
-static char dir[64], catalog[96];
 
 static const struct lb_fake_config idle = {.name = "vm", .ram_bytes = RAM, .vram_bytes = 64 << 10,
                                            .touched_pages = 400, .rate_pages_per_s = 400, .working_set_pages = 300};
 
-static struct {
-    int cancel_fd;
-    unsigned reports, cancel_at;     /* 0: never */
-    enum lb_ckpt_phase last;
-    double percent;
-} seen;
-
-static void on_report(const struct lb_ckpt_progress *p, void *arg)
-{
-    uint64_t one = 1;
-
-    (void)arg;
-    if (!strcmp(p->what, "fill") && seen.last != LB_CKPT_FILLING && seen.last != LB_CKPT_DONE)
-        seen.percent = 0; /* its own work */
-    assert_true(p->percent >= seen.percent && p->percent <= 100 && p->phase >= seen.last);
-    seen.percent = p->percent;
-    seen.last = p->phase;
-    if (++seen.reports == seen.cancel_at)
-        assert_int_equal(write(seen.cancel_fd, &one, sizeof(one)), sizeof(one));
-}
-
-static struct lb_ckpt_env env_here(void)
-{
-    seen.reports = 0;
-    seen.percent = 0;
-    seen.last = LB_CKPT_PREPARING;
-    return (struct lb_ckpt_env){.state_dir = dir, .catalog_dir = catalog, .hv = &lb_hv_fake,
-                                .cancel_fd = seen.cancel_fd, .report = on_report};
-}
-
 static int setup(void **state)
 {
     (void)state;
-    strcpy(dir, "/tmp/lb-test-restore-XXXXXX");
-    assert_non_null(mkdtemp(dir));
-    snprintf(catalog, sizeof(catalog), "%s/checkpoints", dir);
-    memset(&seen, 0, sizeof(seen));
-    seen.cancel_fd = -1;
+    dir_up();
     return 0;
 }
 
@@ -81,36 +39,11 @@ static int teardown(void **state)
 
 static uint64_t nonce;
 
-static struct lb_vm_entry entry_of(const char *name)
-{
-    struct lb_error err = LB_ERROR_INIT;
-    struct lb_vm_entry e;
-
-    if (lb_vm_entry_load(dir, name, &e, &err))
-        fail_msg("%s", err.message);
-    return e;
-}
-
-static lb_fake_id guest_of(const char *name)
-{
-    struct lb_vm_entry e = entry_of(name);
-
-    return strtoull(e.qmp_path + strlen("fake:"), NULL, 10);
-}
-
 static void boot_as(const struct lb_fake_config *c)
 {
-    struct lb_vm_entry e = {.name = "vm", .hypervisor = "fake", .origin = "run"};
-    struct lb_fake_stats st;
-    lb_fake_id id;
-    char address[32];
+    struct lb_vm_entry e;
 
-    assert_int_equal(lb_fake_start(c, &id, NULL), 0);
-    snprintf(e.qmp_path, sizeof(e.qmp_path), "%s", lb_fake_address(id, address));
-    assert_int_equal(lb_proc_identify(getpid(), &e.proc, NULL), 0);
-    assert_int_equal(lb_vm_entry_save(dir, &e, NULL), 0);
-    assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
-    nonce = st.nonce;
+    nonce = stats_of(boot_fake(dir, c, &e)).nonce;
 }
 
 static void boot(void)
@@ -121,11 +54,11 @@ static void boot(void)
 /* It runs, it is the one that was, and all its memory is as it left it. */
 static void assert_good(const char *name)
 {
-    lb_fake_id id = guest_of(name);
+    lb_fake_id id = fake_in(dir, name);
     struct lb_fake_stats st, later;
     uint64_t bad = UINT64_MAX;
 
-    assert_int_equal(entry_of(name).state, LB_VM_RUNNING);
+    assert_int_equal(entry_in(dir, name).state, LB_VM_RUNNING);
     assert_int_equal(lb_fake_stats(id, &st, NULL), 0);
     assert_true(st.alive && st.running);
     assert_int_equal(st.nonce, nonce);
@@ -144,7 +77,7 @@ static void take(bool suspend)
 {
     struct lb_ckpt_env env = env_here();
     struct lb_take_opts o = {.suspend = suspend, .no_disk = true};
-    struct lb_vm_entry e = entry_of("vm");
+    struct lb_vm_entry e = entry_in(dir, "vm");
     struct lb_error err = LB_ERROR_INIT;
     struct lb_take_result res;
 
@@ -192,7 +125,7 @@ static void test_resume(void **state)
         struct lb_restore_opts o = {.eager = i % 2};
 
         take(true);
-        assert_int_equal(entry_of("vm").state, LB_VM_SUSPENDED);
+        assert_int_equal(entry_in(dir, "vm").state, LB_VM_SUSPENDED);
         assert_int_equal(lb_fake_count(NULL), 0);
         restore_well("vm@suspend", &o);
         assert_good("vm");
@@ -210,8 +143,8 @@ static void test_paused(void **state)
     boot();
     take(true);
     restore_well("vm@suspend", &o);
-    assert_int_equal(entry_of("vm").state, LB_VM_RUNNING);
-    assert_int_equal(lb_fake_stats(guest_of("vm"), &st, NULL), 0);
+    assert_int_equal(entry_in(dir, "vm").state, LB_VM_RUNNING);
+    assert_int_equal(lb_fake_stats(fake_in(dir, "vm"), &st, NULL), 0);
     assert_true(st.alive && !st.running);
 }
 
@@ -227,7 +160,7 @@ static void test_others(void **state)
     restore_well("vm@1", &o);
     assert_good("other");
     assert_good("vm");
-    assert_string_equal(entry_of("other").origin, "restored");
+    assert_string_equal(entry_in(dir, "other").origin, "restored");
     assert_int_equal(restore("vm@2", &o, &err), FAILED); /* the name is taken */
     assert_int_equal(err.code, LB_E_EXISTS);
     assert_good("other");
@@ -235,8 +168,8 @@ static void test_others(void **state)
     assert_int_equal(restore("vm@2", &o, &err), FAILED);
     assert_int_equal(err.code, LB_E_EXISTS);
     /* one that has died may come back under its name */
-    assert_int_equal(lb_fake_kill(guest_of("vm"), NULL), 0);
-    struct lb_vm_entry e = entry_of("vm");
+    assert_int_equal(lb_fake_kill(fake_in(dir, "vm"), NULL), 0);
+    struct lb_vm_entry e = entry_in(dir, "vm");
     e.state = LB_VM_DEAD;
     assert_int_equal(lb_vm_entry_save(dir, &e, NULL), 0);
     restore_well("vm@2", &o);
@@ -291,7 +224,7 @@ static void test_clones(void **state)
 static void refill(void)
 {
     struct lb_ckpt_env env = env_here();
-    struct lb_vm_entry e = entry_of("vm");
+    struct lb_vm_entry e = entry_in(dir, "vm");
     struct lb_error err = LB_ERROR_INIT;
     char text[512];
     bool fill = false;
@@ -307,7 +240,7 @@ static void refill(void)
 /* However it ended, the VM is in one place, and comes back. */
 static void assert_comes_back(const struct lb_restore_opts *o)
 {
-    struct lb_vm_entry e = entry_of("vm");
+    struct lb_vm_entry e = entry_in(dir, "vm");
 
     switch (e.state) {
     case LB_VM_RUNNING:
@@ -442,7 +375,7 @@ static void test_removed_meanwhile(void **state)
     close(open(disk, O_RDWR | O_CREAT, 0600));
     assert_int_equal(truncate(disk, 1 << 20), 0);
     boot_as(&c);
-    e = entry_of("vm");
+    e = entry_in(dir, "vm");
     assert_int_equal(lb_ckpt_take(&env, &e, &o, &res, NULL), 0);
     lock = lb_catalog_lock(catalog, "vm", 0, NULL);
     assert_true(lock >= 0);

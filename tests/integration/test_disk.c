@@ -20,18 +20,11 @@
 #include <sys/wait.h>
 
 #include "remus/disk_internal.h"
+#include "tests/lib/check.h"
 
 #define DISK_BYTES (8u << 20)
 #define N_DISKS 2u
 #define MIB (1u << 20)
-
-#define OK(call)                                                                                  \
-    do {                                                                                          \
-        struct lb_error e_ = LB_ERROR_INIT;                                                       \
-        struct lb_error *err = &e_;                                                               \
-        if ((call) < 0)                                                                           \
-            fail_msg("%s: %s (%s)", #call, err->message, err->remedy);                            \
-    } while (0)
 
 static char dir[64];
 
@@ -129,18 +122,6 @@ static unsigned cut_and_apply(struct lb_disk_source *s, struct lb_disk_target **
     unsigned n = ops.n;
     lb_disk_ops_free(&ops);
     return n;
-}
-
-static void run(const char *format, ...)
-{
-    char line[512];
-    va_list ap;
-    va_start(ap, format);
-    vsnprintf(line, sizeof(line), format, ap);
-    va_end(ap);
-    int status = system(line);
-    if (status != 0)
-        fail_msg("%s: status %d", line, status);
 }
 
 static void assert_file_is(const char *name, const uint8_t *want, size_t len)

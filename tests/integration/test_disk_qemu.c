@@ -1,6 +1,6 @@
 /* Disks of a real guest under QEMU, epoch by epoch: whenever it is stopped and the epoch is applied, the
  * backup's image is the primary's. The guest writes and reads back with O_DIRECT all the time. */
-#include "tests/integration/qemu_util.h"
+#include "tests/integration/guest_util.h"
 
 #include <inttypes.h>
 #include <stdatomic.h>
@@ -8,7 +8,7 @@
 
 #include "remus/disk.h"
 
-enum { EPOCHS = 100, INTERVAL_MS = 25, BOOT_MS = 60000 };
+enum { EPOCHS = 100, INTERVAL_MS = 25 };
 
 static struct {
     struct qemu q;
@@ -41,54 +41,6 @@ static void on_failed(const struct lb_error *why, void *arg)
     g.failed++;
 }
 
-static void run(const char *format, ...)
-{
-    char line[512];
-    va_list ap;
-    va_start(ap, format);
-    vsnprintf(line, sizeof(line), format, ap);
-    va_end(ap);
-    int status = system(line);
-    if (status != 0)
-        fail_msg("%s: status %d", line, status);
-}
-
-/* A number of the guest's last line about itself; -1: none yet. */
-static long guest_says(const char *key)
-{
-    char path[96], *text = NULL, *last = NULL, word[64];
-    long value = -1;
-    snprintf(path, sizeof(path), "%s/serial", g.q.dir);
-    if (lb_file_read(path, 16u << 20, &text, NULL, NULL) < 0)
-        return -1;
-    for (char *p = text; (p = strstr(p, "LB {")); p++)
-        if (strchr(p, '\n'))
-            last = p;
-    snprintf(word, sizeof(word), "\"%s\":", key);
-    char *at = last ? strstr(last, word) : NULL;
-    if (at)
-        value = atol(at + strlen(word));
-    free(text);
-    return value;
-}
-
-static void wait_writes(long more)
-{
-    long from = guest_says("disk_written");
-    uint64_t until = lb_now_ns() + BOOT_MS * UINT64_C(1000000);
-    while (guest_says("disk_written") < (from < 0 ? 0 : from) + more) {
-        if (lb_now_ns() > until)
-            fail_msg("the guest does not write: see its serial line");
-        lb_sleep_ms(50);
-    }
-}
-
-static const char *guest_dir(void)
-{
-    const char *d = getenv("LB_GUEST");
-    return d ? d : "build/guest";
-}
-
 /* size: as qemu-img has it. The guest writes within the first 64 MiB. */
 static void start_guest(const char *format, const char *size)
 {
@@ -104,7 +56,7 @@ static void start_guest(const char *format, const char *size)
              "-drive if=none,id=d0,file=%s,format=%s,cache=none,discard=unmap "
              "-device virtio-blk-pci,drive=d0", guest_dir(), guest_dir(), image, format);
     qemu_start(&g.q, args);
-    wait_writes(20);
+    wait_writes(&g.q, 20);
     g.vm = qemu_attach(&g.q);
 }
 
@@ -218,9 +170,9 @@ static void end_replication(void)
     OK(lb_hv_disk_mirror_end(g.vm, g.disk.id, err));
     print_message("mirror ended in %.1f ms\n", ms_since(t0));
     OK(lb_hv_cont(g.vm, err));
-    wait_writes(50);
-    assert_int_equal(guest_says("disk_bad"), 0);
-    assert_int_equal(guest_says("disk_errors"), 0);
+    wait_writes(&g.q, 50);
+    assert_int_equal(guest_says(&g.q, "disk_bad"), 0);
+    assert_int_equal(guest_says(&g.q, "disk_errors"), 0);
     assert_int_equal(g.failed, 0);
 }
 
@@ -297,9 +249,9 @@ static void test_death_of_the_server(void **state)
     print_message("told after %.0f ms: %s; QEMU: %s\n", ms_since(t0), g.why.message, st.error);
     assert_int_equal(g.failed, 1);
     assert_non_null(strstr(g.why.message, "signal 9"));
-    wait_writes(100);
-    assert_int_equal(guest_says("disk_bad"), 0);
-    assert_int_equal(guest_says("disk_errors"), 0);
+    wait_writes(&g.q, 100);
+    assert_int_equal(guest_says(&g.q, "disk_bad"), 0);
+    assert_int_equal(guest_says(&g.q, "disk_errors"), 0);
     OK(lb_hv_disk_mirror_end(g.vm, g.disk.id, err));
     lb_disk_source_close(g.source);
     OK(lb_disk_target_close(g.target, err));

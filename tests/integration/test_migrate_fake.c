@@ -5,43 +5,17 @@
  * Each test ends with the same question: exactly one guest of the name runs,
  * every page of it is right, and nothing is left on the other side.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <cmocka.h>
+#include "tests/integration/host_util.h"
 
-#include <arpa/inet.h>
-#include <errno.h>
 #include <poll.h>
-#include <pthread.h>
-#include <string.h>
-#include <sys/eventfd.h>
-#include <sys/socket.h>
 
-#include "core/fake/fake.h"
-#include "netproto/desc_proto.h"
-#include "migrate/preflight.h"
 #include "migrate/journal.h"
 #include "migrate/migrate_internal.h"
-#include "netproto/netproto.h"
+#include "migrate/preflight.h"
+#include "netproto/desc_proto.h"
 
 /* ------------------------------------------------------------------- two hosts */
 
-struct host {
-    char name[16];
-    char dir[64];
-    struct lb_identity id;
-    int listen_fd;
-    uint16_t port;
-    pthread_t thread;
-    pthread_mutex_t mu;
-    pthread_cond_t cond;
-    int conns[64];
-    unsigned n_conns, serving;
-    uint8_t want[LB_SESSION_ID_BYTES];
-    bool quit;
-};
 static struct host A, B;
 
 /* What the wire between them does to the source's bytes. */
@@ -55,57 +29,6 @@ static struct proxy {
     int64_t seen;
     bool hit, quit;
 } px;
-
-static int listen_any(uint16_t *port)
-{
-    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t len = sizeof(a);
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-    assert_return_code(bind(fd, (struct sockaddr *)&a, sizeof(a)), errno);
-    assert_return_code(listen(fd, 64), errno);
-    assert_return_code(getsockname(fd, (struct sockaddr *)&a, &len), errno);
-    *port = ntohs(a.sin_port);
-    return fd;
-}
-
-static bool is_trusted(const uint8_t pub[LB_KEY_BYTES], void *arg)
-{
-    struct host *h = arg;
-    struct lb_hosts v = {0};
-    bool ok = !lb_hosts_load(h->dir, &v, NULL) && lb_hosts_by_key(&v, pub);
-
-    lb_hosts_free(&v);
-    return ok;
-}
-
-static int want_conns(const uint8_t id[LB_SESSION_ID_BYTES], const char *vm, struct lb_error *err,
-                      void *arg)
-{
-    struct host *h = arg;
-
-    (void)vm, (void)err;
-    memcpy(h->want, id, LB_SESSION_ID_BYTES);
-    return 0;
-}
-
-static int take_conn(unsigned timeout_ms, struct lb_error *err, void *arg)
-{
-    struct host *h = arg;
-    int fd = -1;
-
-    for (unsigned i = 0; i < timeout_ms / 5 && fd < 0; i++) {
-        pthread_mutex_lock(&h->mu);
-        if (h->n_conns) {
-            fd = h->conns[0];
-            memmove(h->conns, h->conns + 1, sizeof(int) * --h->n_conns);
-        }
-        pthread_mutex_unlock(&h->mu);
-        if (fd < 0)
-            lb_sleep_ms(5);
-    }
-    return fd >= 0 ? fd : lb_fail(err, LB_E_NET, "no bulk connection came");
-}
 
 static double last_percent;
 static _Atomic bool is_ready;
@@ -153,106 +76,6 @@ static struct lb_session_env env_of(struct host *h)
                                    .state_dir = h->dir, .hv = &lb_hv_fake, .identity = &h->id,
                                    .cancel_fd = -1, .want_conns = want_conns,
                                    .take_conn = take_conn, .arg = h};
-}
-
-struct conn {
-    struct host *h;
-    int fd;
-};
-
-static void *conn_main(void *arg)
-{
-    struct conn *c = arg;
-    struct host *h = c->h;
-    uint8_t pre[LB_PREAMBLE_BYTES];
-    struct lb_preamble p;
-    struct lb_chan *chan;
-    struct lb_session_env env = env_of(h);
-    char vm[128] = "";
-
-    if (lb_read_all(c->fd, pre, sizeof(pre), NULL) || lb_preamble_parse(pre, &p, NULL)) {
-        close(c->fd);
-    } else if (p.kind == 'D' && memcmp(p.session_id, h->want, sizeof(h->want))) {
-        close(c->fd);
-    } else if (p.kind == 'D') {
-        pthread_mutex_lock(&h->mu);
-        h->conns[h->n_conns++] = c->fd;
-        pthread_mutex_unlock(&h->mu);
-    } else if (!lb_chan_accept(lb_tcp_from_fd(c->fd), &h->id, is_trusted, h, 5000, &chan, NULL)) {
-        struct lb_hosts v = {0};
-        const struct lb_host *peer;
-
-        lb_hosts_load(h->dir, &v, NULL);
-        peer = lb_hosts_by_key(&v, lb_chan_peer_key(chan));
-        lb_serve_channel(&env, chan, peer->name, vm, NULL);
-        lb_chan_close(chan);
-        lb_hosts_free(&v);
-    }
-    pthread_mutex_lock(&h->mu);
-    h->serving--;
-    pthread_mutex_unlock(&h->mu);
-    free(c);
-    return NULL;
-}
-
-static void *host_main(void *arg)
-{
-    struct host *h = arg;
-
-    for (;;) {
-        int fd = accept4(h->listen_fd, NULL, NULL, SOCK_CLOEXEC);
-        struct conn *c;
-        pthread_t t;
-
-        if (fd < 0 || h->quit)
-            return NULL;
-        c = lb_alloc(sizeof(*c));
-        c->h = h;
-        c->fd = fd;
-        pthread_mutex_lock(&h->mu);
-        h->serving++;
-        pthread_mutex_unlock(&h->mu);
-        pthread_create(&t, NULL, conn_main, c);
-        pthread_detach(t);
-    }
-}
-
-static void host_up(struct host *h, const char *name)
-{
-    memset(h, 0, sizeof(*h));
-    snprintf(h->name, sizeof(h->name), "%s", name);
-    snprintf(h->dir, sizeof(h->dir), "/tmp/lb-test-%s-XXXXXX", name);
-    assert_non_null(mkdtemp(h->dir));
-    assert_return_code(lb_identity_load(h->dir, &h->id, NULL), 0);
-    pthread_mutex_init(&h->mu, NULL);
-    h->listen_fd = listen_any(&h->port);
-    pthread_create(&h->thread, NULL, host_main, h);
-}
-
-static void host_down(struct host *h)
-{
-    h->quit = true;
-    shutdown(h->listen_fd, SHUT_RDWR);
-    pthread_join(h->thread, NULL);
-    close(h->listen_fd);
-    lb_remove_tree(h->dir, NULL);
-}
-
-static void idle(struct host *h)
-{
-    for (int i = 0; i < 4000; i++) {
-        unsigned n;
-
-        pthread_mutex_lock(&h->mu);
-        n = h->serving;
-        while (h->n_conns)
-            close(h->conns[--h->n_conns]);
-        pthread_mutex_unlock(&h->mu);
-        if (!n)
-            return;
-        lb_sleep_ms(5);
-    }
-    fail_msg("the destination session did not end");
 }
 
 /* ------------------------------------------------------------------- the wire */
@@ -328,16 +151,6 @@ static void *proxy_main(void *arg)
 
 /* ------------------------------------------------------------------- fixtures */
 
-static void trust(struct host *who, struct host *whom, uint16_t port)
-{
-    struct lb_host h = {0};
-
-    snprintf(h.name, sizeof(h.name), "%s", whom->name);
-    snprintf(h.address, sizeof(h.address), "127.0.0.1:%u", port);
-    memcpy(h.pub, whom->id.pub, LB_KEY_BYTES);
-    assert_return_code(lb_hosts_trust(who->dir, &h, NULL), 0);
-}
-
 static int group_up(void **state)
 {
     (void)state;
@@ -369,21 +182,9 @@ static int group_down(void **state)
 
 static lb_fake_id boot(const struct lb_fake_config *c, struct lb_vm_entry *e)
 {
-    lb_fake_id id;
-    struct lb_error err = LB_ERROR_INIT;
-
     last_percent = 0;
     is_ready = false;
-    if (lb_fake_start(c, &id, &err))
-        fail_msg("%s", err.message);
-    memset(e, 0, sizeof(*e));
-    snprintf(e->name, sizeof(e->name), "%s", c->name);
-    snprintf(e->hypervisor, sizeof(e->hypervisor), "fake");
-    snprintf(e->origin, sizeof(e->origin), "run");
-    lb_fake_address(id, e->qmp_path);
-    lb_proc_identify(getpid(), &e->proc, NULL);
-    assert_return_code(lb_vm_entry_save(A.dir, e, NULL), 0);
-    return id;
+    return boot_fake(A.dir, c, e);
 }
 
 static int migrate_cancel(const struct lb_vm_entry *e, const struct lb_migrate_opts *o, int cancel,
@@ -416,22 +217,13 @@ static int migrate(const struct lb_vm_entry *e, const struct lb_migrate_opts *o,
     return rc;
 }
 
-static lb_fake_id id_in(struct host *h, const char *name)
-{
-    struct lb_vm_entry e;
-
-    if (lb_vm_entry_load(h->dir, name, &e, NULL))
-        return 0;
-    return strtoull(e.qmp_path + 5, NULL, 10);
-}
-
 /* Exactly one, right, on `where`; the other host knows nothing of it. */
 static void check_one(const char *name, struct host *where, struct host *not_here, uint64_t nonce)
 {
     struct lb_fake_stats st;
     struct lb_vm_entry e;
     uint64_t bad = 1;
-    lb_fake_id id = id_in(where, name);
+    lb_fake_id id = fake_in(where->dir, name);
 
     assert_int_equal(lb_fake_running(name), 1);
     assert_int_equal(lb_fake_count(name), 1);
@@ -443,14 +235,6 @@ static void check_one(const char *name, struct host *where, struct host *not_her
     assert_return_code(lb_vm_entry_load(where->dir, name, &e, NULL), 0);
     assert_int_equal(e.state, LB_VM_RUNNING);
     assert_int_equal(lb_vm_entry_load(not_here->dir, name, &e, NULL), -1);
-}
-
-static uint64_t nonce_of(lb_fake_id id)
-{
-    struct lb_fake_stats st;
-
-    assert_return_code(lb_fake_stats(id, &st, NULL), 0);
-    return st.nonce;
 }
 
 static void clean(const char *name)
@@ -487,7 +271,7 @@ static void run_variant(const struct lb_fake_config *c, const struct lb_migrate_
     struct lb_migrate_result res;
     struct lb_error err = LB_ERROR_INIT;
     lb_fake_id id = boot(c, &e);
-    uint64_t nonce = nonce_of(id);
+    uint64_t nonce = stats_of(id).nonce;
 
     if (migrate(&e, o, &res, &err))
         fail_msg("%s / %s", err.message, err.remedy);
@@ -550,7 +334,7 @@ static void test_there_and_back(void **state)
 {
     struct lb_vm_entry e;
     struct lb_migrate_result res;
-    uint64_t nonce = nonce_of(boot(&small, &e));
+    uint64_t nonce = stats_of(boot(&small, &e)).nonce;
 
     (void)state;
     assert_return_code(migrate(&e, &plain, &res, NULL), 0);
@@ -580,7 +364,7 @@ static void test_dry_run(void **state)
     struct lb_migrate_opts o = plain;
     struct lb_vm_entry e;
     struct lb_migrate_result res;
-    uint64_t nonce = nonce_of(boot(&small, &e));
+    uint64_t nonce = stats_of(boot(&small, &e)).nonce;
 
     (void)state;
     o.dry_run = true;
@@ -601,7 +385,7 @@ static void test_slot_faults(void **state)
             struct lb_vm_entry e;
             struct lb_migrate_result res;
             struct lb_error err = LB_ERROR_INIT;
-            uint64_t nonce = nonce_of(boot(&small, &e)), calls;
+            uint64_t nonce = stats_of(boot(&small, &e)).nonce, calls;
             int rc;
 
             lb_fake_fail((enum lb_fake_slot)slot, nth, LB_E_HV);
@@ -636,7 +420,7 @@ static void test_deaths(void **state)
         struct lb_vm_entry e;
         struct lb_migrate_result res;
         struct lb_error err = LB_ERROR_INIT;
-        uint64_t nonce = nonce_of(boot(&small, &e));
+        uint64_t nonce = stats_of(boot(&small, &e)).nonce;
 
         lb_fake_die(dest[i], 1);
         assert_int_equal(migrate(&e, &plain, &res, &err), -1);
@@ -675,7 +459,7 @@ static void test_wire_faults(void **state)
                 struct lb_vm_entry e;
                 struct lb_migrate_result res;
                 struct lb_error err = LB_ERROR_INIT;
-                uint64_t nonce = nonce_of(boot(&small, &e));
+                uint64_t nonce = stats_of(boot(&small, &e)).nonce;
                 int rc;
 
                 o.channels = 2;
@@ -727,7 +511,7 @@ static void test_cancel(void **state)
         struct lb_vm_entry e;
         struct lb_migrate_result res;
         struct lb_error err = LB_ERROR_INIT;
-        uint64_t nonce = nonce_of(boot(&c, &e));
+        uint64_t nonce = stats_of(boot(&c, &e)).nonce;
         int v[2] = {eventfd(0, EFD_CLOEXEC), ms}, rc;
         pthread_t t;
 
@@ -760,7 +544,7 @@ static void *tell_ready(void *arg)
     if (v[0] >= 0)
         assert_int_equal(write(v[0], &one, sizeof(one)), sizeof(one));
     else
-        lb_fake_kill(id_in(&B, "small"), NULL);
+        lb_fake_kill(fake_in(B.dir, "small"), NULL);
     return NULL;
 }
 
@@ -775,7 +559,7 @@ static void test_wait_go(void **state)
         struct lb_vm_entry e;
         struct lb_migrate_result res;
         struct lb_error err = LB_ERROR_INIT;
-        uint64_t nonce = nonce_of(boot(&small, &e));
+        uint64_t nonce = stats_of(boot(&small, &e)).nonce;
         int cancel = eventfd(0, EFD_CLOEXEC), v[2] = {-1, 1500}, rc;
         pthread_t t;
 
@@ -808,7 +592,7 @@ static void test_no_converge(void **state)
     struct lb_vm_entry e;
     struct lb_migrate_result res;
     struct lb_error err = LB_ERROR_INIT;
-    uint64_t nonce = nonce_of(boot(&c, &e));
+    uint64_t nonce = stats_of(boot(&c, &e)).nonce;
 
     (void)state;
     o.bandwidth_bytes_per_s = 30 << 20;
@@ -826,7 +610,7 @@ static void test_untrusted(void **state)
     struct lb_vm_entry e;
     struct lb_migrate_result res;
     struct lb_error err = LB_ERROR_INIT;
-    uint64_t nonce = nonce_of(boot(&small, &e));
+    uint64_t nonce = stats_of(boot(&small, &e)).nonce;
 
     (void)state;
     assert_return_code(lb_hosts_forget(B.dir, "A", NULL), 0);
@@ -852,7 +636,7 @@ static void test_recover(void **state)
         struct lb_journal j = {.vm = "small", .peer = "B"}, k = {.vm = "small", .peer = "A"};
 
         id = boot(&small, &e);
-        nonce = nonce_of(id);
+        nonce = stats_of(id).nonce;
         for (int i = 0; i < LB_TOKEN_HEX - 1; i++)
             j.token[i] = k.token[i] = "0123456789abcdef"[rand() % 16];
         snprintf(e.token, sizeof(e.token), "%s", j.token);
@@ -901,7 +685,7 @@ static void test_recover(void **state)
         px.to = B.port;
         assert_return_code(lb_recover_vm(&a, "small", text, &err), 0);
         idle(&B);
-        check_one("small", &A, &B, nonce_of(id));
+        check_one("small", &A, &B, stats_of(id).nonce);
         clean("small");
     }
 }
@@ -921,7 +705,7 @@ static void test_lost_answers(void **state)
     (void)state;
     for (unsigned i = 0; i < LB_ARRAY_LEN(slots); i++) {
         for (unsigned nth = 1; nth <= 2; nth++) {
-            nonce = nonce_of(boot(&small, &e));
+            nonce = stats_of(boot(&small, &e)).nonce;
             lb_fake_fail_late(slots[i], nth, LB_E_HV);
             if (migrate(&e, &plain, &res, &err))
                 check_one("small", &A, &B, nonce);
@@ -931,7 +715,7 @@ static void test_lost_answers(void **state)
         }
     }
     /* The destination runs it and does not know: its journal has decided, recovery tidies up. */
-    nonce = nonce_of(boot(&small, &e));
+    nonce = stats_of(boot(&small, &e)).nonce;
     lb_fake_fail_late(LB_FAKE_RUN, 1, LB_E_HV);
     assert_return_code(migrate(&e, &plain, &res, &err), 0);
     assert_int_equal(lb_fake_running("small"), 1);
@@ -954,7 +738,7 @@ static void test_cancel_slow_peer(void **state)
         struct lb_vm_entry e;
         struct lb_migrate_result res;
         struct lb_error err = LB_ERROR_INIT;
-        uint64_t nonce = nonce_of(boot(&small, &e));
+        uint64_t nonce = stats_of(boot(&small, &e)).nonce;
         int v[2] = {eventfd(0, EFD_CLOEXEC), 2000};
         pthread_t t;
 
@@ -1004,7 +788,7 @@ static void test_late_writes(void **state)
         struct lb_migrate_result res;
         struct lb_error err = LB_ERROR_INIT;
         lb_fake_id id = boot(&c, &e);
-        uint64_t nonce = nonce_of(id);
+        uint64_t nonce = stats_of(id).nonce;
         pthread_t t;
         void *wrote;
 
@@ -1071,7 +855,7 @@ static void test_token_reuse(void **state)
         struct lb_journal j = {.vm = "other", .peer = "A"}, now;
         struct lb_error err = LB_ERROR_INIT;
         struct lb_vm_entry e, none;
-        uint64_t nonce = nonce_of(boot(&small, &e));
+        uint64_t nonce = stats_of(boot(&small, &e)).nonce;
 
         for (int k = 0; k < LB_TOKEN_HEX - 1; k++)
             j.token[k] = "0123456789abcdef"[rand() % 16];
@@ -1096,7 +880,7 @@ static void test_wish(void **state)
     struct lb_migrate_result res;
     struct lb_error err = LB_ERROR_INIT;
     struct lb_vm_entry e, there;
-    uint64_t nonce = nonce_of(boot(&small, &e));
+    uint64_t nonce = stats_of(boot(&small, &e)).nonce;
     char key[LB_KEY_TEXT_BYTES];
 
     (void)state;

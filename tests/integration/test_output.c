@@ -11,6 +11,7 @@
 #include <cmocka.h>
 
 #include "remus/output_internal.h"
+#include "tests/lib/check.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -35,14 +36,6 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
-
-#define OK(call)                                                                                  \
-    do {                                                                                          \
-        struct lb_error e_ = LB_ERROR_INIT;                                                       \
-        struct lb_error *err = &e_;                                                               \
-        if ((call) < 0)                                                                           \
-            fail_msg("%s: %s (%s)", #call, err->message, err->remedy);                            \
-    } while (0)
 
 #define QUEUES 2
 #define TEST_PROTO 0x88b5 /* local experimental */

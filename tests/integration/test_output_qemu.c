@@ -167,10 +167,9 @@ static void run_epochs(struct lb_hv_vm *vm, struct lb_output *o, struct wire *w)
 static void start_guest(struct qemu *q, const char *netdev)
 {
     char args[512], config[1024], path[96];
-    const char *guest = getenv("LB_GUEST") ? getenv("LB_GUEST") : "build/guest";
     qemu_dir(q);
     snprintf(path, sizeof(path), "%s/guest", q->dir);
-    snprintf(config, sizeof(config), GUEST_CONFIG, guest, guest);
+    snprintf(config, sizeof(config), GUEST_CONFIG, guest_dir(), guest_dir());
     OK(lb_file_write_atomic(path, config, strlen(config), 0644, err));
     snprintf(args, sizeof(args), GUEST_ARGS, netdev);
     qemu_start(q, args);

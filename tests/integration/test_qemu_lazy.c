@@ -17,8 +17,7 @@ struct said {
 
 static const char *guest_file(const char *name, char path[300])
 {
-    const char *dir = getenv("LB_GUEST");
-    snprintf(path, 300, "%s/%s", dir ? dir : "build/guest", name);
+    snprintf(path, 300, "%s/%s", guest_dir(), name);
     return path;
 }
 

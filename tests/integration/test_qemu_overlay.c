@@ -1,11 +1,11 @@
 /* Disks of a real guest that keep a moment: the guest writes and reads back with O_DIRECT all the time while
  * its disks are frozen, joined, and carried to another QEMU. */
-#include "tests/integration/qemu_util.h"
+#include "tests/integration/guest_util.h"
 
 #include <sys/socket.h>
 #include <sys/un.h>
 
-enum { FREEZES = 20, INTERVAL_MS = 60, BOOT_MS = 60000 };
+enum { FREEZES = 20, INTERVAL_MS = 60 };
 
 static struct {
     struct qemu q;
@@ -14,58 +14,11 @@ static struct {
     double freeze_ms[FREEZES];
 } g;
 
-static void run(const char *format, ...) LB_PRINTF(1, 2);
-static void run(const char *format, ...)
-{
-    char line[1024];
-    va_list ap;
-    va_start(ap, format);
-    vsnprintf(line, sizeof(line), format, ap);
-    va_end(ap);
-    int status = system(line);
-    if (status != 0)
-        fail_msg("%s: status %d", line, status);
-}
-
-/* A number of the guest's last line about itself; -1: none yet. */
-static long guest_says(const char *key)
-{
-    char path[96], *text = NULL, *last = NULL, word[64];
-    snprintf(path, sizeof(path), "%s/serial", g.q.dir);
-    if (lb_file_read(path, 16u << 20, &text, NULL, NULL) < 0)
-        return -1;
-    for (char *p = text; (p = strstr(p, "LB {")); p++)
-        if (strchr(p, '\n'))
-            last = p;
-    snprintf(word, sizeof(word), "\"%s\":", key);
-    char *at = last ? strstr(last, word) : NULL;
-    long value = at ? atol(at + strlen(word)) : -1;
-    free(text);
-    return value;
-}
-
-static void wait_writes(long more)
-{
-    long from = guest_says("disk_written");
-    uint64_t until = lb_now_ns() + BOOT_MS * UINT64_C(1000000);
-    while (guest_says("disk_written") < (from < 0 ? 0 : from) + more) {
-        if (lb_now_ns() > until)
-            fail_msg("the guest does not write: see its serial line");
-        lb_sleep_ms(50);
-    }
-}
-
 static void assert_guest_well(void)
 {
-    wait_writes(100);
-    assert_int_equal(guest_says("disk_bad"), 0);
-    assert_int_equal(guest_says("disk_errors"), 0);
-}
-
-static const char *guest_dir(void)
-{
-    const char *d = getenv("LB_GUEST");
-    return d ? d : "build/guest";
+    wait_writes(&g.q, 100);
+    assert_int_equal(guest_says(&g.q, "disk_bad"), 0);
+    assert_int_equal(guest_says(&g.q, "disk_errors"), 0);
 }
 
 /* An operator's command; its answer is thrown away but for an error. */
@@ -98,7 +51,7 @@ static void start_guest(const char *drives)
              "-qmp unix:@D/src.qmp,server=on,wait=off -qmp unix:@D/spare,server=on,wait=off %s",
              guest_dir(), guest_dir(), drives);
     qemu_start(&g.q, args);
-    wait_writes(20);
+    wait_writes(&g.q, 20);
     struct lb_vm_ident id = {.name = "t", .qmp_path = g.q.qmp};
     OK(lb_proc_identify(g.q.pid, &id.proc, err));
     OK(lb_hv_attach(&lb_hv_qemu, &id, &g.vm, err));

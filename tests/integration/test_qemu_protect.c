@@ -1,7 +1,7 @@
 /* What checkpoints ask of a real QEMU: short pauses, cards found and held, disks found and mirrored,
- * the guest frozen, pauses of others respected.  The guests are the boot sector of qemu_util.h and,
+ * the guest frozen, pauses of others respected.  The guests are the boot sector of guest_util.h and,
  * where something has to be sent or written, the Linux guest of tests/guest. */
-#include "tests/integration/qemu_util.h"
+#include "tests/integration/guest_util.h"
 
 #include <arpa/inet.h>
 #include <net/if.h>
@@ -23,18 +23,17 @@
 /* `words` go to the kernel, `args` to QEMU. Returns when its workload runs. */
 static void linux_start(struct qemu *q, const char *words, const char *args)
 {
-    const char *guest = getenv("LB_GUEST") ? getenv("LB_GUEST") : "build/guest";
     char path[96], cmd[1400];
     snprintf(path, sizeof(path), "%s/boot.cfg", q->dir); /* arguments cannot hold blanks */
     FILE *f = fopen(path, "w");
     assert_non_null(f);
     fprintf(f, "[machine]\nkernel = \"%s/vmlinuz\"\ninitrd = \"%s/initrd.img\"\n"
-               "append = \"console=ttyS0 quiet %s\"\n", guest, guest, words);
+               "append = \"console=ttyS0 quiet %s\"\n", guest_dir(), guest_dir(), words);
     fclose(f);
     snprintf(cmd, sizeof(cmd), "-machine pc,accel=tcg -cpu max -m 256 -nodefaults -display none "
-             "-readconfig @D/boot.cfg -serial file:@D/console %s", args);
+             "-readconfig @D/boot.cfg -serial file:@D/serial %s", args);
     qemu_start(q, cmd);
-    snprintf(path, sizeof(path), "%s/console", q->dir);
+    snprintf(path, sizeof(path), "%s/serial", q->dir);
     for (int i = 0; i < 600; i++) {
         LB_AUTO_FREE char *text = NULL;
         if (lb_file_read(path, 1 << 20, &text, NULL, NULL) == 0 && strstr(text, "\nLB "))
@@ -42,20 +41,6 @@ static void linux_start(struct qemu *q, const char *words, const char *args)
         usleep(50000);
     }
     fail_msg("the Linux guest does not start: see %s", path);
-}
-
-/* The newest value of a counter in the guest's status line. */
-static long long guest_says(struct qemu *q, const char *key)
-{
-    char path[96], word[64];
-    LB_AUTO_FREE char *text = NULL;
-    long long value = -1;
-    snprintf(path, sizeof(path), "%s/console", q->dir);
-    snprintf(word, sizeof(word), "\"%s\":", key);
-    OK(lb_file_read(path, 16 << 20, &text, NULL, err));
-    for (char *p = text; (p = strstr(p, word)); p++)
-        value = atoll(p + strlen(word));
-    return value;
 }
 
 /* ---------------------------------------------------------------- pauses */
@@ -610,7 +595,7 @@ static void test_mirror(void **state)
     wait_ready(vm, id);
     OK(lb_hv_disk_mirror_status(vm, id, true, &st, err));
     assert_true(st.total_bytes > 0 && st.done_bytes > 0);
-    long long written = guest_says(&q, "disk_written");
+    long written = guest_says(&q, "disk_written");
     for (int e = 0; e < 15 || guest_says(&q, "disk_written") < written + 20; e++) {
         assert_true(e < 500);
         usleep(40000);
@@ -635,7 +620,7 @@ static void test_mirror(void **state)
     }
     assert_true(st.failed && !st.ready && st.error[0]);
     print_message("server killed: %s\n", st.error);
-    long long before = guest_says(&q, "disk_written");
+    long before = guest_says(&q, "disk_written");
     for (int i = 0; i < 500 && guest_says(&q, "disk_written") <= before + 20; i++)
         usleep(20000);
     assert_true(guest_says(&q, "disk_written") > before + 20);

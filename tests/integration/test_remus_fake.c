@@ -6,17 +6,13 @@
  * state: what runs after a failover must never know fewer frames than the network has seen.
  * Where a host has to die, the primary and its guest are a process of their own.
  */
-#include "etcd_util.h"
+#include "tests/integration/etcd_util.h"
+#include "tests/integration/host_util.h"
 
-#include <errno.h>
 #include <libnbd.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-#include "core/fake/fake.h"
-#include "core/registry.h"
-#include "netproto/netproto.h"
 #include "remus/remus.h"
 
 #define MS UINT64_C(1000000)
@@ -28,19 +24,8 @@ static char *witness_spec;
 
 /* ------------------------------------------------------------------ two hosts */
 
-struct host {
-    char dir[64], config[96];
-    struct lb_identity id;
-    int listen_fd;
-    uint16_t port;
-    pthread_t thread;
-    pthread_mutex_t mu;
-    int conns[64];
-    unsigned n_conns, serving;
-    uint8_t want[LB_SESSION_ID_BYTES];
-    bool quit;
-};
 static struct host A, B;
+static char config_a[96], config_b[96];
 
 /* What the last backup session of B did; its operator. */
 static struct {
@@ -68,19 +53,6 @@ static struct link {
     _Atomic uint64_t bytes_per_s;
     _Atomic unsigned open;
 } px;
-
-static int listen_any(uint16_t *port)
-{
-    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t len = sizeof(a);
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-    assert_return_code(bind(fd, (struct sockaddr *)&a, sizeof(a)), errno);
-    assert_return_code(listen(fd, 64), errno);
-    assert_return_code(getsockname(fd, (struct sockaddr *)&a, &len), errno);
-    *port = ntohs(a.sin_port);
-    return fd;
-}
 
 static void *relay_main(void *arg)
 {
@@ -140,53 +112,6 @@ static void *link_main(void *arg)
 
 /* ------------------------------------------------------------------- sessions of B */
 
-static bool is_trusted(const uint8_t pub[LB_KEY_BYTES], void *arg)
-{
-    struct host *h = arg;
-    struct lb_hosts v = {0};
-    bool ok = !lb_hosts_load(h->dir, &v, NULL) && lb_hosts_by_key(&v, pub);
-
-    lb_hosts_free(&v);
-    return ok;
-}
-
-static int want_conns(const uint8_t id[LB_SESSION_ID_BYTES], const char *vm, struct lb_error *err,
-                      void *arg)
-{
-    struct host *h = arg;
-
-    (void)vm, (void)err;
-    pthread_mutex_lock(&h->mu);
-    memcpy(h->want, id, LB_SESSION_ID_BYTES);
-    pthread_mutex_unlock(&h->mu);
-    return 0;
-}
-
-static int take_conn(unsigned timeout_ms, struct lb_error *err, void *arg)
-{
-    struct host *h = arg;
-    int fd = -1;
-
-    for (unsigned i = 0; i < timeout_ms / 5 && fd < 0; i++) {
-        pthread_mutex_lock(&h->mu);
-        if (h->n_conns) {
-            fd = h->conns[0];
-            memmove(h->conns, h->conns + 1, sizeof(int) * --h->n_conns);
-        }
-        pthread_mutex_unlock(&h->mu);
-        if (fd < 0)
-            lb_sleep_ms(5);
-    }
-    return fd >= 0 ? fd : lb_fail(err, LB_E_NET, "no bulk connection came");
-}
-
-static struct lb_session_env env_of(struct host *h)
-{
-    return (struct lb_session_env){.state_dir = h->dir, .hv = &lb_hv_fake, .identity = &h->id,
-                                   .cancel_fd = -1, .want_conns = want_conns,
-                                   .take_conn = take_conn, .arg = h, .config_path = h->config};
-}
-
 static void on_backup_status(const struct lb_protect_status *s, void *arg)
 {
     struct host *h = arg;
@@ -218,118 +143,12 @@ static int serve_backup(const struct lb_session_env *env, struct lb_chan *chan, 
     return rc;
 }
 
-struct conn {
-    struct host *h;
-    int fd;
-};
-
-static void serve_channel(struct host *h, int fd)
+static struct lb_session_env env_of(struct host *h)
 {
-    struct lb_session_env env = env_of(h);
-    struct lb_hosts v = {0};
-    struct lb_chan *chan;
-    char vm[128] = "";
-
-    env.serve_other = serve_backup;
-    if (lb_chan_accept(lb_tcp_from_fd(fd), &h->id, is_trusted, h, 5000, &chan, NULL))
-        return;
-    lb_hosts_load(h->dir, &v, NULL);
-    lb_serve_channel(&env, chan, lb_hosts_by_key(&v, lb_chan_peer_key(chan))->name, vm, NULL);
-    lb_chan_close(chan);
-    lb_hosts_free(&v);
-}
-
-static void *conn_main(void *arg)
-{
-    struct conn *c = arg;
-    struct host *h = c->h;
-    uint8_t pre[LB_PREAMBLE_BYTES];
-    struct lb_preamble p;
-
-    if (lb_read_all(c->fd, pre, sizeof(pre), NULL) || lb_preamble_parse(pre, &p, NULL)) {
-        close(c->fd);
-    } else if (p.kind == 'C') {
-        serve_channel(h, c->fd);
-    } else {
-        pthread_mutex_lock(&h->mu);
-        if (memcmp(p.session_id, h->want, sizeof(h->want)))
-            close(c->fd);
-        else
-            h->conns[h->n_conns++] = c->fd;
-        pthread_mutex_unlock(&h->mu);
-    }
-    pthread_mutex_lock(&h->mu);
-    h->serving--;
-    pthread_mutex_unlock(&h->mu);
-    free(c);
-    return NULL;
-}
-
-static void *host_main(void *arg)
-{
-    struct host *h = arg;
-
-    for (;;) {
-        int fd = accept4(h->listen_fd, NULL, NULL, SOCK_CLOEXEC);
-        struct conn *c;
-        pthread_t t;
-
-        if (fd < 0 || h->quit)
-            return NULL;
-        c = lb_alloc(sizeof(*c));
-        c->h = h;
-        c->fd = fd;
-        pthread_mutex_lock(&h->mu);
-        h->serving++;
-        pthread_mutex_unlock(&h->mu);
-        pthread_create(&t, NULL, conn_main, c);
-        pthread_detach(t);
-    }
-}
-
-static void host_up(struct host *h, const char *name)
-{
-    LB_AUTO_FILE FILE *f = NULL;
-
-    memset(h, 0, sizeof(*h));
-    snprintf(h->dir, sizeof(h->dir), "/tmp/lb-test-%s-XXXXXX", name);
-    assert_non_null(mkdtemp(h->dir));
-    assert_return_code(chmod(h->dir, 0755), errno);
-    snprintf(h->config, sizeof(h->config), "%s/lifeboatd.conf", h->dir);
-    f = fopen(h->config, "w");
-    assert_non_null(f);
-    fprintf(f, "name = %s\npath = /guest -> %s\n", name, h->dir);
-    assert_return_code(lb_identity_load(h->dir, &h->id, NULL), 0);
-    pthread_mutex_init(&h->mu, NULL);
-    h->listen_fd = listen_any(&h->port);
-    pthread_create(&h->thread, NULL, host_main, h);
-}
-
-static void host_down(struct host *h)
-{
-    h->quit = true;
-    shutdown(h->listen_fd, SHUT_RDWR);
-    pthread_join(h->thread, NULL);
-    close(h->listen_fd);
-    lb_remove_tree(h->dir, NULL);
-}
-
-/* Until every session of B is over. */
-static void idle(void)
-{
-    for (int i = 0; i < 6000; i++) {
-        unsigned n;
-
-        pthread_mutex_lock(&B.mu);
-        n = B.serving;
-        while (!n && B.n_conns)
-            close(B.conns[--B.n_conns]);
-        pthread_mutex_unlock(&B.mu);
-        if (!n)
-            return;
-        lb_sleep_ms(5);
-    }
-    fail_msg("the backup's session did not end");
+    return (struct lb_session_env){.state_dir = h->dir, .hv = &lb_hv_fake, .identity = &h->id,
+                                   .cancel_fd = -1, .want_conns = want_conns,
+                                   .take_conn = take_conn, .arg = h, .serve_other = serve_backup,
+                                   .config_path = h == &A ? config_a : config_b};
 }
 
 /* -------------------------------------------------------------- the guest and its wire */
@@ -390,38 +209,9 @@ static const struct lb_fake_config busy = {.name = "vm", .ram_bytes = RAM, .touc
 
 static lb_fake_id boot(const struct lb_fake_config *c, struct lb_vm_entry *e)
 {
-    struct lb_error err = LB_ERROR_INIT;
-    lb_fake_id id;
-
     lb_fake_set_wire(on_wire, wire);
     lb_fake_set_mirror(on_mirror, NULL);
-    if (lb_fake_start(c, &id, &err))
-        fail_msg("%s", err.message);
-    memset(e, 0, sizeof(*e));
-    snprintf(e->name, sizeof(e->name), "%s", c->name);
-    snprintf(e->hypervisor, sizeof(e->hypervisor), "fake");
-    snprintf(e->origin, sizeof(e->origin), "run");
-    lb_fake_address(id, e->qmp_path);
-    lb_proc_identify(getpid(), &e->proc, NULL);
-    assert_return_code(lb_vm_entry_save(A.dir, e, NULL), 0);
-    return id;
-}
-
-static struct lb_fake_stats stats_of(lb_fake_id id)
-{
-    struct lb_fake_stats st;
-
-    assert_return_code(lb_fake_stats(id, &st, NULL), 0);
-    return st;
-}
-
-static lb_fake_id id_in(struct host *h)
-{
-    struct lb_vm_entry e;
-
-    if (lb_vm_entry_load(h->dir, "vm", &e, NULL))
-        return 0;
-    return strtoull(e.qmp_path + 5, NULL, 10);
+    return boot_fake(A.dir, c, e);
 }
 
 /* ---------------------------------------------------------------- the primary's session */
@@ -547,7 +337,7 @@ static void run_end(struct run *r)
     pthread_join(r->thread, NULL);
     close(r->cancel_fd);
     mirror_reset();
-    idle();
+    idle(&B);
     close(bk.failover_fd);
     pthread_mutex_destroy(&r->mu);
 }
@@ -587,7 +377,7 @@ static void check_nothing_on(struct host *h)
 /* The guest runs on B, knows every frame that left before, its memory and its disk are of one moment. */
 static void check_promoted(uint64_t nonce, uint64_t seen)
 {
-    lb_fake_id id = id_in(&B);
+    lb_fake_id id = fake_in(B.dir, "vm");
     struct lb_fake_stats st;
     uint64_t bad = 1, n;
     struct lb_vm_entry e;
@@ -752,7 +542,7 @@ static void backup_lost(bool silent)
     px.cut = true; /* the backup's end of it, too */
     close(r.cancel_fd);
     mirror_reset();
-    idle();
+    idle(&B);
     /* either may win; when both are equally fast it is the witness that chooses */
     if (r.end == LB_PROTECT_ALONE) {
         assert_int_equal(r.rc, -1);
@@ -810,7 +600,7 @@ static void test_witness_away(void **state)
     px.cut = true;
     close(r.cancel_fd);
     mirror_reset();
-    idle();
+    idle(&B);
     close(bk.failover_fd);
     assert_int_equal(lb_fake_running("vm"), 1);
     if (r.end == LB_PROTECT_ALONE) {
@@ -1092,7 +882,7 @@ static void test_host_killed(void **state)
         assert_int_equal(wire->gaps, 0);
         wait_promoted();
         worst = LB_MAX(worst, (double)(bk.promoted_ns - t) / 1e6);
-        idle();
+        idle(&B);
         check_promoted(nonce, seen);
         close(bk.failover_fd);
         clean();
@@ -1112,7 +902,7 @@ static void test_host_stopped(void **state)
     assert_return_code(kill(pid, SIGSTOP), errno);
     seen = wire->last;
     wait_promoted();
-    idle();
+    idle(&B);
     check_promoted(nonce, seen);
     lb_sleep_ms(100);
     seen = wire->last_ns;
@@ -1177,14 +967,16 @@ static void test_faults(void **state)
 
 /* ------------------------------------------------------------------------ fixtures */
 
-static void trust(struct host *who, struct host *whom, const char *name, uint16_t port)
+/* Both hosts have the guest's disk at a path of their own. */
+static void configure(const struct host *h, char path[96])
 {
-    struct lb_host h = {0};
+    LB_AUTO_FILE FILE *f = NULL;
 
-    snprintf(h.name, sizeof(h.name), "%s", name);
-    snprintf(h.address, sizeof(h.address), "127.0.0.1:%u", port);
-    memcpy(h.pub, whom->id.pub, LB_KEY_BYTES);
-    assert_return_code(lb_hosts_trust(who->dir, &h, NULL), 0);
+    assert_return_code(chmod(h->dir, 0755), errno);
+    snprintf(path, 96, "%s/lifeboatd.conf", h->dir);
+    f = fopen(path, "w");
+    assert_non_null(f);
+    fprintf(f, "name = %s\npath = /guest -> %s\n", h->name, h->dir);
 }
 
 static int group_up(void **state)
@@ -1199,11 +991,13 @@ static int group_up(void **state)
     witness_spec = etcd_spec(1);
     host_up(&A, "A");
     host_up(&B, "B");
+    configure(&A, config_a);
+    configure(&B, config_b);
     px.listen_fd = listen_any(&px.port);
     px.to = B.port;
     pthread_create(&px.thread, NULL, link_main, NULL);
-    trust(&A, &B, "B", px.port);
-    trust(&B, &A, "A", A.port);
+    trust(&A, &B, px.port);
+    trust(&B, &A, A.port);
     lb_sleep_ms(500); /* etcd elects itself */
     return 0;
 }

@@ -16,14 +16,8 @@
 #include <sys/stat.h>
 
 #include "checkpoint/catalog.h"
+#include "tests/lib/check.h"
 
-#define OK(call)                                                                                  \
-    do {                                                                                          \
-        struct lb_error e_ = LB_ERROR_INIT;                                                       \
-        struct lb_error *err = &e_;                                                               \
-        if ((call) < 0)                                                                           \
-            fail_msg("%s: %s (%s)", #call, err->message, err->remedy);                            \
-    } while (0)
 #define FAILS(call, want)                                                                         \
     do {                                                                                          \
         struct lb_error e_ = LB_ERROR_INIT;                                                       \

@@ -7,19 +7,12 @@
 #include <cmocka.h>
 
 #include "remus/output_internal.h"
+#include "tests/lib/check.h"
 
 #include <arpa/inet.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
-
-#define OK(call)                                                                                  \
-    do {                                                                                          \
-        struct lb_error e_ = LB_ERROR_INIT;                                                       \
-        struct lb_error *err = &e_;                                                               \
-        if ((call) < 0)                                                                           \
-            fail_msg("%s: %s (%s)", #call, err->message, err->remedy);                            \
-    } while (0)
 
 /* ------------------------------------------------------------------- queue */
 
