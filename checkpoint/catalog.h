@@ -111,9 +111,5 @@ int lb_catalog_export(const char *dir, const struct lb_ckpt_entry *e, const stru
 int lb_catalog_import(const char *dir, const char *from, const char *as, const struct lb_ckpt_key *key,
                       void (*progress)(uint64_t done, uint64_t total, void *arg), void *arg, int cancel_fd,
                       struct lb_ckpt_entry *out, struct lb_error *err);
-/* The chain of `e` as one full file at `path` (same id, so that increments of it stay valid). */
-int lb_chain_flatten(struct lb_chain *c, const char *path, const struct lb_ckpt_key *key,
-                     void (*progress)(uint64_t done, uint64_t total, void *arg), void *arg, int cancel_fd,
-                     struct lb_error *err);
 
 #endif

@@ -148,7 +148,7 @@ static void drop(struct lb_cf_chunk *c)
     free(c);
 }
 
-void lb_chunk_put(struct lb_chain *c, struct lb_cf_chunk *chunk)
+static void chunk_put(struct lb_chain *c, struct lb_cf_chunk *chunk)
 {
     pthread_mutex_lock(&c->lock);
     drop(chunk);
@@ -200,7 +200,7 @@ static int load(struct lb_chain *c, struct lb_scratch *s, unsigned file, uint32_
     return fault ? lb_chain_damaged(c, file, part, fault, err) : 0;
 }
 
-int lb_chunk_get(struct lb_chain *c, unsigned file, uint32_t part, struct lb_cf_chunk **out,
+static int chunk_get(struct lb_chain *c, unsigned file, uint32_t part, struct lb_cf_chunk **out,
                  struct lb_error *err)
 {
     struct lb_cf_chunk *chunk = cached(c, file, part);
@@ -235,9 +235,9 @@ void lb_chain_warm(struct lb_chain *c, const uint64_t *v, uint64_t n, _Atomic bo
         uint64_t e = c->map[block][page];
         struct lb_cf_chunk *chunk = cached(c, lb_entry_file(e), lb_entry_part(e));
         read += !chunk;
-        if (!chunk && lb_chunk_get(c, lb_entry_file(e), lb_entry_part(e), &chunk, NULL) < 0)
+        if (!chunk && chunk_get(c, lb_entry_file(e), lb_entry_part(e), &chunk, NULL) < 0)
             return; /* who needs it will say why */
-        lb_chunk_put(c, chunk);
+        chunk_put(c, chunk);
     }
 }
 
@@ -299,13 +299,13 @@ static int undo_difference(struct lb_chain *c, const struct lb_cf_chunk *chunk,
 {
     uint64_t base = base_of(c, chunk->file, ref->key);
     struct lb_cf_chunk *below;
-    if (lb_chunk_get(c, lb_entry_file(base), lb_entry_part(base), &below, err) < 0)
+    if (chunk_get(c, lb_entry_file(base), lb_entry_part(base), &below, err) < 0)
         return -1;
     const char *fault = ref_fault(below, ref->key, lb_entry_slot(base), false);
     if (!fault)
         xor_page(dst, lb_cf_chunk_page(chunk, ref->slot),
                  lb_cf_chunk_page(below, lb_entry_slot(base)));
-    lb_chunk_put(c, below);
+    chunk_put(c, below);
     return fault ? lb_chain_damaged(c, lb_entry_file(base), lb_entry_part(base), fault, err) : 0;
 }
 
@@ -386,7 +386,7 @@ static bool at_hand(struct gathered *g, uint64_t key)
         return true;
     struct lb_cf_chunk *below = cached(g->c, lb_entry_file(base), lb_entry_part(base));
     if (below)
-        lb_chunk_put(g->c, below);
+        chunk_put(g->c, below);
     return below;
 }
 
@@ -460,11 +460,11 @@ int lb_chain_read(struct lb_chain *c, unsigned block, uint64_t page, lb_chain_pa
     uint64_t e = c->map[block][page];
     if (e & LB_ENTRY_XOR)
         g.wanted_base = chunk_of(base_of(c, lb_entry_file(e), g.wanted));
-    if (lb_chunk_get(c, lb_entry_file(e), lb_entry_part(e), &g.chunk, err) < 0)
+    if (chunk_get(c, lb_entry_file(e), lb_entry_part(e), &g.chunk, err) < 0)
         return -1;
     const char *fault = ref_fault(g.chunk, g.wanted, lb_entry_slot(e), e & LB_ENTRY_XOR);
     if (fault) {
-        lb_chunk_put(c, g.chunk);
+        chunk_put(c, g.chunk);
         return lb_chain_damaged(c, lb_entry_file(e), lb_entry_part(e), fault, err);
     }
     gather_table(&g);
@@ -476,6 +476,6 @@ int lb_chain_read(struct lb_chain *c, unsigned block, uint64_t page, lb_chain_pa
         rc = lb_chunk_give(c, s, g.chunk, g.v, g.n, g.wanted, fn, arg, err);
         lb_scratch_put(c, s);
     }
-    lb_chunk_put(c, g.chunk);
+    chunk_put(c, g.chunk);
     return rc;
 }

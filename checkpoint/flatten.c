@@ -182,10 +182,3 @@ int lb_chain_merge(struct lb_chain *c, unsigned files, struct lb_chain *parent, 
     free(m.wanted);
     return rc;
 }
-
-int lb_chain_flatten(struct lb_chain *c, const char *path, const struct lb_ckpt_key *key,
-                     void (*progress)(uint64_t done, uint64_t total, void *arg), void *arg, int cancel_fd,
-                     struct lb_error *err)
-{
-    return lb_chain_merge(c, lb_chain_depth(c), NULL, &lb_chain_info(c)->meta, path, key, progress, arg, cancel_fd, err);
-}

@@ -67,7 +67,7 @@ static json_t *stats_json(const struct lb_ckpt_stats *s)
                      (json_int_t)s->file_bytes);
 }
 
-char *lb_ckpt_meta_json_stats(const struct lb_ckpt_meta *m, const struct lb_ckpt_stats *s, struct lb_error *err)
+char *lb_ckpt_meta_json(const struct lb_ckpt_meta *m, const struct lb_ckpt_stats *s, struct lb_error *err)
 {
     json_t *desc = desc_json(&m->desc, err);
     if (!desc)
@@ -84,11 +84,6 @@ char *lb_ckpt_meta_json_stats(const struct lb_ckpt_meta *m, const struct lb_ckpt
     if (!text)
         lb_fail(err, LB_E_UNSUPPORTED, "a label or the name of a disk is not UTF-8");
     return text;
-}
-
-char *lb_ckpt_meta_json(const struct lb_ckpt_meta *m, struct lb_error *err)
-{
-    return lb_ckpt_meta_json_stats(m, NULL, err);
 }
 
 /* ------------------------------------------------------------------------ from JSON */
@@ -209,7 +204,7 @@ static void get_stats(const json_t *o, struct lb_ckpt_stats *s)
         *all[i].to = (uint64_t)json_integer_value(json_object_get(o, all[i].key));
 }
 
-int lb_ckpt_meta_parse_stats(const char *json, struct lb_ckpt_meta *out, struct lb_ckpt_stats *s, struct lb_error *err)
+int lb_ckpt_meta_parse(const char *json, struct lb_ckpt_meta *out, struct lb_ckpt_stats *s, struct lb_error *err)
 {
     struct lb_ckpt_meta m;
     json_error_t je;
@@ -230,9 +225,4 @@ int lb_ckpt_meta_parse_stats(const char *json, struct lb_ckpt_meta *out, struct 
     }
     json_decref(o);
     return rc;
-}
-
-int lb_ckpt_meta_parse(const char *json, struct lb_ckpt_meta *out, struct lb_error *err)
-{
-    return lb_ckpt_meta_parse_stats(json, out, NULL, err);
 }

@@ -368,7 +368,7 @@ static int read_meta(struct lb_cf_file *f, struct lb_error *err)
         return -1;
     if (strlen(json) != len)
         return damaged(f, "its meta is no text", err);
-    if (lb_ckpt_meta_parse_stats(json, &info->meta, &info->stats, err) < 0)
+    if (lb_ckpt_meta_parse(json, &info->meta, &info->stats, err) < 0)
         return lb_context(err, "%s", f->name);
     info->stats.file_bytes = f->bytes;
     if (info->meta.number)

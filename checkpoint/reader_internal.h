@@ -37,7 +37,6 @@ struct lb_cf_file {
     struct lb_cf_seal seal;
     uint64_t trailer_at;
     struct lb_cf_trailer trailer; /* host order */
-    uint8_t trailer_check[16];
     struct lb_cf_section sections[LB_CF_PARTS + 1]; /* by kind; not PAGES, not TRAILER */
     uint32_t n_chunks;
     struct lb_cf_part_entry *chunks; /* lb_cf_open_chunks; host order */
@@ -199,10 +198,6 @@ struct lb_scratch *lb_scratch_get(struct lb_chain *c, struct lb_error *err);
 void lb_scratch_put(struct lb_chain *c, struct lb_scratch *s);
 /* At least `bytes` of *buf; what was in it is lost. */
 int lb_scratch_grow(uint8_t **buf, size_t *cap, size_t bytes, struct lb_error *err);
-/* From the cache or the file; lb_chunk_put in any case of success. */
-int lb_chunk_get(struct lb_chain *c, unsigned file, uint32_t part, struct lb_cf_chunk **out,
-                 struct lb_error *err);
-void lb_chunk_put(struct lb_chain *c, struct lb_cf_chunk *chunk);
 void lb_chain_cache_free(struct lb_chain *c);
 /* Pages of an unpacked chunk to fn, adjacent ones together; the run with `wanted` first. refs
  * ascend. */

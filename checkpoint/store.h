@@ -81,9 +81,6 @@ struct lb_ckpt_meta {
     unsigned n_disks;
 };
 void lb_ckpt_meta_free(struct lb_ckpt_meta *m); /* leaves it zeroed */
-/* Caller frees; NULL: the description has what no other host would accept. */
-char *lb_ckpt_meta_json(const struct lb_ckpt_meta *m, struct lb_error *err);
-int lb_ckpt_meta_parse(const char *json, struct lb_ckpt_meta *out, struct lb_error *err);
 
 /* ---------------------------------------------------------------- writing */
 

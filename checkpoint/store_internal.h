@@ -119,10 +119,11 @@ bool lb_cf_open_part(const struct lb_cf_seal *s, const struct lb_cf_part *head, 
 /* XXH3-128 in the form of the file. */
 void lb_cf_hash(uint8_t out[16], const void *data, size_t len, uint64_t seed);
 
-/* ---- meta. The JSON of the file: that of lb_ckpt_meta_json and `stats`. */
-char *lb_ckpt_meta_json_stats(const struct lb_ckpt_meta *m, const struct lb_ckpt_stats *s, struct lb_error *err);
+/* ---- meta. s (may be NULL) is in the file's JSON as "stats". Caller frees; NULL: the description has what no
+ * other host would accept. */
+char *lb_ckpt_meta_json(const struct lb_ckpt_meta *m, const struct lb_ckpt_stats *s, struct lb_error *err);
 /* stats that are not there are 0 */
-int lb_ckpt_meta_parse_stats(const char *json, struct lb_ckpt_meta *m, struct lb_ckpt_stats *s, struct lb_error *err);
+int lb_ckpt_meta_parse(const char *json, struct lb_ckpt_meta *m, struct lb_ckpt_stats *s, struct lb_error *err);
 
 /* One disk, there and in disks.json; NULL: a name is not UTF-8 */
 struct json_t;

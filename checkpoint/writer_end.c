@@ -200,7 +200,7 @@ static int write_meta(struct joined *j, const struct lb_ckpt_meta *meta, uint64_
     struct lb_ckpt_stats stats;
 
     lb_ckpt_writer_stats(j->w, &stats);
-    LB_AUTO_FREE char *json = lb_ckpt_meta_json_stats(meta, &stats, err);
+    LB_AUTO_FREE char *json = lb_ckpt_meta_json(meta, &stats, err);
     return json ? write_bytes(j, LB_CF_META, json, strlen(json), offset, err) : -1;
 }
 

@@ -107,7 +107,6 @@ enum lb_log_level { LB_LOG_ERROR, LB_LOG_WARN, LB_LOG_INFO, LB_LOG_DEBUG, LB_LOG
 void lb_log(enum lb_log_level level, const char *fmt, ...) LB_PRINTF(2, 3);
 void lb_log_error(enum lb_log_level level, const struct lb_error *err); /* message + remedy */
 void lb_log_set_level(enum lb_log_level level);
-enum lb_log_level lb_log_get_level(void);
 int lb_log_parse_level(const char *name, enum lb_log_level *out); /* 0 or -1 */
 /* Fields put before every line of this process, e.g. "vm=web1 session=7f3a". */
 void lb_log_set_fields(const char *fields);

@@ -51,11 +51,6 @@ void lb_log_set_level(enum lb_log_level level)
     atomic_store(&log_level, (int)level);
 }
 
-enum lb_log_level lb_log_get_level(void)
-{
-    return (enum lb_log_level)atomic_load(&log_level);
-}
-
 int lb_log_parse_level(const char *name, enum lb_log_level *out)
 {
     for (size_t i = 0; i < LB_ARRAY_LEN(level_names); i++) {

@@ -18,7 +18,7 @@ int lb_ctl_send(struct lb_chan *c, const Lb__Control *msg, struct lb_error *err)
     return lb_chan_send(c, buf, n, err);
 }
 
-void lb_ctl_failure_to_error(const Lb__Failure *f, struct lb_error *err)
+static void failure_to_error(const Lb__Failure *f, struct lb_error *err)
 {
     enum lb_errcode code = f->code > LB_OK && f->code <= LB_E_UNSUPPORTED
                                ? (enum lb_errcode)f->code
@@ -49,7 +49,7 @@ static int receive(struct lb_chan *c, Lb__Control **out, uint64_t deadline_ns, _
             continue;
         }
         if (m->kind_case == LB__CONTROL__KIND_FAILURE) {
-            lb_ctl_failure_to_error(m->failure, err);
+            failure_to_error(m->failure, err);
             lb__control__free_unpacked(m, NULL);
             return -1;
         }

@@ -19,7 +19,6 @@ int lb_ctl_recv(struct lb_chan *c, Lb__Control **out, uint64_t deadline_ns, stru
 int lb_ctl_expect(struct lb_chan *c, Lb__Control__KindCase want, Lb__Control **out,
                   uint64_t deadline_ns, struct lb_error *err);
 int lb_ctl_send_failure(struct lb_chan *c, const struct lb_error *failure, struct lb_error *err);
-void lb_ctl_failure_to_error(const Lb__Failure *f, struct lb_error *err);
 /* The first check that failed as LB_E_PREFLIGHT; -1. */
 int lb_ctl_refusal(const Lb__PreflightReport *rep, struct lb_error *err);
 void lb_ctl_hello(Lb__Hello *h, const struct lb_host_config *cfg);

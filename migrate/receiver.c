@@ -66,6 +66,18 @@ struct lb_receiver {
     pthread_mutex_t bad_mu;
 };
 
+/* Every connection fails at once. Any thread. */
+static void abort_all(struct lb_receiver *r)
+{
+    pthread_mutex_lock(&r->mu);
+    r->stop = true;
+    pthread_cond_broadcast(&r->cond);
+    for (unsigned i = 0; i < r->n_workers; i++)
+        if (r->workers[i].bulk)
+            lb_bulk_abort(r->workers[i].bulk);
+    pthread_mutex_unlock(&r->mu);
+}
+
 static void fail(struct lb_receiver *r, const struct lb_error *err)
 {
     pthread_mutex_lock(&r->mu);
@@ -75,7 +87,7 @@ static void fail(struct lb_receiver *r, const struct lb_error *err)
     }
     pthread_cond_broadcast(&r->cond);
     pthread_mutex_unlock(&r->mu);
-    lb_receiver_abort(r);
+    abort_all(r);
     r->on_event(r->arg);
 }
 
@@ -481,22 +493,11 @@ uint64_t lb_receiver_pages(struct lb_receiver *r)
     return atomic_load(&r->pages);
 }
 
-void lb_receiver_abort(struct lb_receiver *r)
-{
-    pthread_mutex_lock(&r->mu);
-    r->stop = true;
-    pthread_cond_broadcast(&r->cond);
-    for (unsigned i = 0; i < r->n_workers; i++)
-        if (r->workers[i].bulk)
-            lb_bulk_abort(r->workers[i].bulk);
-    pthread_mutex_unlock(&r->mu);
-}
-
 void lb_receiver_free(struct lb_receiver *r)
 {
     if (!r)
         return;
-    lb_receiver_abort(r);
+    abort_all(r);
     for (unsigned i = 0; i < r->n_workers; i++) {
         if (r->workers[i].started)
             pthread_join(r->workers[i].thread, NULL);

@@ -2,7 +2,7 @@
  * migrate/receiver.h - the bulk workers of a destination: records of N connections -> guest RAM.
  *
  * Used by migrations and by the first copy of a protection. The engine thread calls everything
- * but lb_receiver_abort.
+ * but lb_receiver_replace.
  */
 #ifndef LB_RECEIVER_H
 #define LB_RECEIVER_H
@@ -34,7 +34,6 @@ uint64_t lb_receiver_bad(struct lb_receiver *r, struct lb_bad_run *out, unsigned
 int lb_receiver_replace(struct lb_receiver *r, unsigned index, struct lb_bulk *fresh,
                         struct lb_error *err);
 uint64_t lb_receiver_pages(struct lb_receiver *r);
-void lb_receiver_abort(struct lb_receiver *r); /* any thread: every connection fails at once */
 void lb_receiver_free(struct lb_receiver *r);  /* joins, closes; NULL is fine */
 
 #endif

@@ -410,8 +410,7 @@ static void forget(struct lb_bk *b)
 int lb_backup_serve(const struct lb_remus_env *env, struct lb_chan *chan, const char *peer,
                     Lb__Control *first, char *vm_name, bool *promoted, struct lb_error *err)
 {
-    struct lb_bk b = {.env = env, .spec = first->migrate_request->protect,
-                      .t_start_wall_ms = lb_wall_ms()};
+    struct lb_bk b = {.env = env, .spec = first->migrate_request->protect};
     struct lb_error local = LB_ERROR_INIT;
     int rc;
 

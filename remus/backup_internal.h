@@ -65,7 +65,6 @@ struct lb_bk {
     uint64_t yield_asked_ns, checked_ns;
     struct lb_protect_status st;
     uint64_t reported_ns, rate_ns, rate_epochs, rate_bytes;
-    uint64_t t_start_wall_ms;
 
     /* the first copy's thread */
     pthread_t copy_thread;
@@ -75,7 +74,7 @@ struct lb_bk {
 
     /* locked by mu */
     pthread_mutex_t mu;
-    bool copy_stop, copy_done;
+    bool copy_done;
     struct lb_lease lease;   /* the promise, from Armed on */
     bool claiming;           /* no beat is answered any more: the promise is not renewed */
     struct lb_bk_said said;

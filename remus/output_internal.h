@@ -60,16 +60,6 @@ const struct lb_oq_frame *lb_oq_oldest(const struct lb_oq *q); /* next of all, o
 void lb_oq_pop(struct lb_oq *q);                    /* the head */
 void lb_oq_free(struct lb_oq *q);
 
-/* A walk through the frames of one epoch that has been marked and not allowed. */
-struct lb_oq_cursor {
-    const struct lb_oq_chunk *chunk;
-    size_t off;
-    uint64_t left;                   /* frames */
-};
-void lb_oq_cursor(const struct lb_oq *q, uint64_t epoch, struct lb_oq_cursor *c);
-const struct lb_oq_frame *lb_oq_peek(struct lb_oq_cursor *c); /* NULL at the end */
-void lb_oq_next(struct lb_oq_cursor *c);
-
 /* The frames of an epoch of all cards by their age, the newest that fit, as lb_output_copy has it. */
 int lb_oq_copy(const struct lb_oq *const *cards, unsigned n_cards, uint64_t epoch, size_t max_bytes,
                void **buf, size_t *len, struct lb_error *err);

@@ -143,17 +143,25 @@ void lb_oq_free(struct lb_oq *q)
 
 /* ---------------------------------------------------------------- an epoch */
 
-void lb_oq_cursor(const struct lb_oq *q, uint64_t epoch, struct lb_oq_cursor *c)
+/* A walk through the frames of one epoch that has been marked and not allowed. */
+struct cursor {
+    const struct lb_oq_chunk *chunk;
+    size_t off;
+    uint64_t left; /* frames */
+};
+
+static void walk_begin(const struct lb_oq *q, uint64_t epoch, struct cursor *c)
 {
-    *c = (struct lb_oq_cursor){0};
+    *c = (struct cursor){0};
     for (unsigned i = 0; i < q->n_marks; i++) {
         const struct lb_oq_mark *m = &q->marks[i];
         if (m->epoch == epoch)
-            *c = (struct lb_oq_cursor){.chunk = m->chunk, .off = m->off, .left = m->end - m->first};
+            *c = (struct cursor){.chunk = m->chunk, .off = m->off, .left = m->end - m->first};
     }
 }
 
-const struct lb_oq_frame *lb_oq_peek(struct lb_oq_cursor *c)
+/* NULL at the end. */
+static const struct lb_oq_frame *walk_peek(struct cursor *c)
 {
     if (!c->left)
         return NULL;
@@ -164,19 +172,19 @@ const struct lb_oq_frame *lb_oq_peek(struct lb_oq_cursor *c)
     return frame_at(c->chunk, c->off);
 }
 
-void lb_oq_next(struct lb_oq_cursor *c)
+static void walk_next(struct cursor *c)
 {
-    const struct lb_oq_frame *f = lb_oq_peek(c);
+    const struct lb_oq_frame *f = walk_peek(c);
     c->off += frame_size(f->len);
     c->left--;
 }
 
 /* The oldest frame at any of the cursors, and whose it is. */
-static const struct lb_oq_frame *oldest_of(struct lb_oq_cursor *c, unsigned n, unsigned *which)
+static const struct lb_oq_frame *oldest_of(struct cursor *c, unsigned n, unsigned *which)
 {
     const struct lb_oq_frame *best = NULL;
     for (unsigned i = 0; i < n; i++) {
-        const struct lb_oq_frame *f = lb_oq_peek(&c[i]);
+        const struct lb_oq_frame *f = walk_peek(&c[i]);
         if (f && (!best || f->came_ns < best->came_ns)) {
             best = f;
             *which = i;
@@ -186,13 +194,13 @@ static const struct lb_oq_frame *oldest_of(struct lb_oq_cursor *c, unsigned n, u
 }
 
 static size_t cursors_at(const struct lb_oq *const *cards, unsigned n, uint64_t epoch,
-                         struct lb_oq_cursor *c)
+                         struct cursor *c)
 {
     size_t bytes = 0;
     for (unsigned i = 0; i < n; i++) {
-        lb_oq_cursor(cards[i], epoch, &c[i]);
-        for (struct lb_oq_cursor walk = c[i]; walk.left; lb_oq_next(&walk))
-            bytes += LB_OQ_COPY_HDR + (size_t)lb_oq_peek(&walk)->len;
+        walk_begin(cards[i], epoch, &c[i]);
+        for (struct cursor walk = c[i]; walk.left; walk_next(&walk))
+            bytes += LB_OQ_COPY_HDR + (size_t)walk_peek(&walk)->len;
     }
     return bytes;
 }
@@ -211,16 +219,16 @@ static unsigned char *put_frame(unsigned char *p, unsigned card, const struct lb
 int lb_oq_copy(const struct lb_oq *const *cards, unsigned n_cards, uint64_t epoch, size_t max_bytes,
                void **buf, size_t *len, struct lb_error *err)
 {
-    struct lb_oq_cursor *c = lb_alloc(LB_MAX(n_cards, 1u) * sizeof(*c));
+    struct cursor *c = lb_alloc(LB_MAX(n_cards, 1u) * sizeof(*c));
     size_t bytes = cursors_at(cards, n_cards, epoch, c);
     unsigned card = 0;
     const struct lb_oq_frame *f;
-    for (; bytes > max_bytes && (f = oldest_of(c, n_cards, &card)); lb_oq_next(&c[card]))
+    for (; bytes > max_bytes && (f = oldest_of(c, n_cards, &card)); walk_next(&c[card]))
         bytes -= LB_OQ_COPY_HDR + (size_t)f->len;
     unsigned char *out = lb_try_alloc(LB_MAX(bytes, (size_t)1), err);
     if (out) {
         unsigned char *p = out;
-        for (; (f = oldest_of(c, n_cards, &card)); lb_oq_next(&c[card]))
+        for (; (f = oldest_of(c, n_cards, &card)); walk_next(&c[card]))
             p = put_frame(p, card, f);
         assert(p == out + bytes);
         *buf = out;

@@ -69,7 +69,6 @@ struct lb_pause_log {
     unsigned n, at;
 };
 void lb_pause_add(struct lb_pause_log *l, double ms);
-void lb_pause_get(const struct lb_pause_log *l, double *p50, double *p99, double *max);
 
 /* Counters of a moment, for rates. */
 struct lb_rate_mark {

@@ -31,7 +31,7 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-void lb_pause_get(const struct lb_pause_log *l, double *p50, double *p99, double *max)
+static void pause_get(const struct lb_pause_log *l, double *p50, double *p99, double *max)
 {
     LB_AUTO_FREE float *v = NULL;
 
@@ -86,7 +86,7 @@ static void rates(struct prot *p, uint64_t now)
         p->st.wire_bytes_per_s = (double)(m.wire - p->mark.wire) / s;
     }
     p->mark = m;
-    lb_pause_get(p->pauses, &p->st.pause_p50_ms, &p->st.pause_p99_ms, &p->st.pause_max_ms);
+    pause_get(p->pauses, &p->st.pause_p50_ms, &p->st.pause_p99_ms, &p->st.pause_max_ms);
 }
 
 /* What is between capture and Ack. */

@@ -107,7 +107,6 @@ const char *lb_when(char *buf, double wall_ms);
 const char *lb_span(char *buf, size_t n, double ms);
 
 /* Preflight report for people: one line per check, remedies below. */
-void lb_print_checks(FILE *f, const json_t *checks, bool all);
 void lb_print_preflight(const json_t *checks, bool all); /* with a summary above it */
 
 /* One line on a schedule of checkpoints, and what went wrong with it. */

@@ -275,22 +275,7 @@ void lb_table_write(struct lb_table *t, FILE *f)
     free(t);
 }
 
-void lb_print_preflight(const json_t *checks, bool all)
-{
-    unsigned warn = 0, fail = 0;
-    size_t i;
-    json_t *c;
-
-    json_array_foreach (checks, i, c) {
-        warn += !strcmp(lb_jstr(c, "status"), "warn");
-        fail += !strcmp(lb_jstr(c, "status"), "fail");
-    }
-    printf("preflight: %zu checks, %u refused, %u warnings\n", json_array_size(checks), fail, warn);
-    lb_print_checks(stdout, checks, all);
-    fflush(stdout);
-}
-
-void lb_print_checks(FILE *f, const json_t *checks, bool all)
+static void print_checks(FILE *f, const json_t *checks, bool all)
 {
     size_t i;
     json_t *c;
@@ -311,4 +296,19 @@ void lb_print_checks(FILE *f, const json_t *checks, bool all)
             fputc('\n', f);
         }
     }
+}
+
+void lb_print_preflight(const json_t *checks, bool all)
+{
+    unsigned warn = 0, fail = 0;
+    size_t i;
+    json_t *c;
+
+    json_array_foreach (checks, i, c) {
+        warn += !strcmp(lb_jstr(c, "status"), "warn");
+        fail += !strcmp(lb_jstr(c, "status"), "fail");
+    }
+    printf("preflight: %zu checks, %u refused, %u warnings\n", json_array_size(checks), fail, warn);
+    print_checks(stdout, checks, all);
+    fflush(stdout);
 }

@@ -100,7 +100,6 @@ struct session {
     char end[16];           /* roles protect, backup: how, as lb_protect_end_name has it, or "promoted" */
     struct lb_error error;  /* of a bad end */
     bool ended;             /* result or failure came */
-    bool was_adopted;       /* started by an earlier supervisor */
 };
 
 struct daemon {

@@ -274,7 +274,6 @@ static bool hello(struct link *l, const Lb__SessionHello *h)
         s->d = l->d;
         s->pid = l->pid;
         s->begun_ms = lb_wall_ms();
-        s->was_adopted = true;
         LIST_INSERT_HEAD(&l->d->sessions, s, link);
         set_role(s, h->role);
         if (watch(s)) {

@@ -204,7 +204,8 @@ static uint64_t next_random(uint64_t *state)
     return z ^ (z >> 31);
 }
 
-void lb_fake_stamp(void *page_buf, uint64_t nonce, uint32_t random_bytes, unsigned block,
+/* The content of page `page` of block `block` (0, 1) at write number seq > 0. */
+static void stamp(void *page_buf, uint64_t nonce, uint32_t random_bytes, unsigned block,
                    uint64_t page, uint32_t seq)
 {
     uint64_t head[4] = {STAMP_MAGIC, nonce, page, (uint64_t)block << 32 | seq};
@@ -226,7 +227,7 @@ static void write_page(struct guest *g, unsigned block, uint64_t page)
     struct fake_block *b = &g->blocks[block];
     uint32_t seq = ++g->next_seq;
 
-    lb_fake_stamp(b->guest_map + page * LB_PAGE_SIZE, g->nonce, g->config.random_bytes, block, page,
+    stamp(b->guest_map + page * LB_PAGE_SIZE, g->nonce, g->config.random_bytes, block, page,
                   seq);
     b->seq[page] = seq;
     g->writes++;
@@ -648,7 +649,7 @@ int lb_fake_verify(lb_fake_id id, uint64_t *bad_pages, struct lb_error *err)
             if (i == MAIN && served) /* it may be written meanwhile */
                 served = lb_fake_page_wait(g, page, false);
             if (b->seq[page]) {
-                lb_fake_stamp(want, g->nonce, g->config.random_bytes, i, page, b->seq[page]);
+                stamp(want, g->nonce, g->config.random_bytes, i, page, b->seq[page]);
                 expected = want;
             }
             if (!served || memcmp(b->guest_map + page * LB_PAGE_SIZE, expected, LB_PAGE_SIZE))
@@ -682,7 +683,6 @@ int lb_fake_stats(lb_fake_id id, struct lb_fake_stats *out, struct lb_error *err
         .frames_blocked = g->nic.blocked,
         .frames_dropped = g->nic.dropped,
         .disk_writes = g->disk_writes,
-        .mirror_writes = g->mirror.writes,
         .clock_stepped_ns = g->clock_stepped_ns,
         .missing = g->lazy ? lb_bitmap_count(&g->missing) : 0,
     };

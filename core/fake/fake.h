@@ -83,7 +83,6 @@ struct lb_fake_stats {
     uint64_t frames_blocked; /* how often the reader left no room: QEMU would have hung */
     uint64_t frames_dropped; /* the reader had gone */
     uint64_t disk_writes;    /* since boot, kept across migration */
-    uint64_t mirror_writes;  /* blocks given to the mirror, first copy included */
     uint64_t clock_stepped_ns;
     uint64_t missing;        /* pages of fake.ram that have not come yet */
 };
@@ -121,10 +120,6 @@ unsigned lb_fake_running(const char *name);
 /* End of a test: end every guest without a handle, disarm all faults.  Returns
  * how many guests had been left over (handles in use stay and are counted). */
 unsigned lb_fake_reset(void);
-
-/* The content of page `page` of block `block` (0, 1) at write number seq > 0. */
-void lb_fake_stamp(void *page_buf, uint64_t nonce, uint32_t random_bytes, unsigned block,
-                   uint64_t page, uint32_t seq);
 
 /* ---- faults: armed for the whole process ---- */
 enum lb_fake_slot {

@@ -41,7 +41,6 @@ struct fake_nic {
 struct fake_mirror {
     bool on, failed;
     char *socket, *export_name;
-    uint64_t writes;
     char error[128];
 };
 

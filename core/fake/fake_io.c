@@ -275,7 +275,6 @@ static void to_mirror(struct guest *g, uint64_t offset, const void *data)
                                    mirror_arg)
                        : 0;
     pthread_mutex_unlock(&sink_lock);
-    m->writes += rc == 0;
     m->failed = rc < 0;
     if (rc < 0)
         snprintf(m->error, sizeof(m->error), "the server of %s is gone", m->socket);

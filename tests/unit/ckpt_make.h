@@ -349,7 +349,7 @@ static inline char *mk_meta(const char *vm, uint32_t number)
                                     .vcpus = 1,
                                     .ram_bytes = 1 << 20};
     snprintf(meta.vm, sizeof(meta.vm), "%s", vm);
-    char *json = lb_ckpt_meta_json_stats(&meta, &stats, &err);
+    char *json = lb_ckpt_meta_json(&meta, &stats, &err);
     if (!json) {
         fprintf(stderr, "%s\n", err.message);
         abort();

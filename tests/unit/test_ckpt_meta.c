@@ -39,9 +39,9 @@ static void test_round_trip(void **state)
     struct lb_error err = LB_ERROR_INIT;
     (void)state;
 
-    LB_AUTO_FREE char *json = lb_ckpt_meta_json_stats(&m, &s, &err);
+    LB_AUTO_FREE char *json = lb_ckpt_meta_json(&m, &s, &err);
     assert_non_null(json);
-    assert_int_equal(lb_ckpt_meta_parse_stats(json, &r, &t, &err), 0);
+    assert_int_equal(lb_ckpt_meta_parse(json, &r, &t, &err), 0);
     assert_memory_equal(&s, &t, sizeof(s));
     assert_string_equal(r.vm, m.vm);
     assert_string_equal(r.label, m.label);
@@ -57,10 +57,10 @@ static void test_round_trip(void **state)
     lb_ckpt_meta_free(&r);
     assert_null(r.disks);
 
-    LB_AUTO_FREE char *plain = lb_ckpt_meta_json(&m, &err);
+    LB_AUTO_FREE char *plain = lb_ckpt_meta_json(&m, NULL, &err);
     assert_non_null(plain);
     assert_null(strstr(plain, "stats"));
-    assert_int_equal(lb_ckpt_meta_parse(plain, &r, &err), 0);
+    assert_int_equal(lb_ckpt_meta_parse(plain, &r, NULL, &err), 0);
     lb_ckpt_meta_free(&r);
 }
 
@@ -72,16 +72,16 @@ static void test_unwritable(void **state)
     (void)state;
 
     strcpy(m.label, "\xff");
-    assert_null(lb_ckpt_meta_json(&m, &err));
+    assert_null(lb_ckpt_meta_json(&m, NULL, &err));
     assert_int_equal(err.code, LB_E_UNSUPPORTED);
     m = sample();
     strcpy(path, g_disks[1].path);
     strcpy(g_disks[1].path, "\xff");
-    assert_null(lb_ckpt_meta_json(&m, &err));
+    assert_null(lb_ckpt_meta_json(&m, NULL, &err));
     strcpy(g_disks[1].path, path);
     m.desc.machine = NULL;
     err = (struct lb_error)LB_ERROR_INIT;
-    assert_null(lb_ckpt_meta_json(&m, &err));
+    assert_null(lb_ckpt_meta_json(&m, NULL, &err));
     assert_int_equal(err.code, LB_E_UNSUPPORTED);
 }
 
@@ -90,7 +90,7 @@ static void refuse(json_t *o, const char *says)
     struct lb_ckpt_meta r;
     struct lb_error err = LB_ERROR_INIT;
     LB_AUTO_FREE char *json = json_dumps(o, 0);
-    assert_int_equal(lb_ckpt_meta_parse(json, &r, &err), -1);
+    assert_int_equal(lb_ckpt_meta_parse(json, &r, NULL, &err), -1);
     assert_int_equal(err.code, LB_E_PROTO);
     if (!strstr(err.message, says))
         fail_msg("\"%s\" does not say \"%s\"", err.message, says);
@@ -104,7 +104,7 @@ static void test_damaged(void **state)
     static const char *const disk_keys[] = {"id", "argv_path", "path", "format", "size_bytes", "file_bytes",
                                             "mtime_ns", "inode", "device"};
     struct lb_ckpt_meta m = sample();
-    LB_AUTO_FREE char *json = lb_ckpt_meta_json(&m, NULL);
+    LB_AUTO_FREE char *json = lb_ckpt_meta_json(&m, NULL, NULL);
     (void)state;
 
     for (unsigned bad = 0; bad < 2; bad++) {
@@ -128,7 +128,7 @@ static void test_hostile(void **state)
 {
     struct lb_ckpt_meta m = sample(), r;
     struct lb_error err = LB_ERROR_INIT;
-    LB_AUTO_FREE char *json = lb_ckpt_meta_json(&m, NULL);
+    LB_AUTO_FREE char *json = lb_ckpt_meta_json(&m, NULL, NULL);
     char longer[200];
     (void)state;
 
@@ -156,7 +156,7 @@ static void test_hostile(void **state)
     }
     static const char *const texts[] = {"", "{", "[]", "3", "{\"vm\":\"a\",\"vm\":\"b\"}", "null"};
     for (unsigned i = 0; i < LB_ARRAY_LEN(texts); i++) {
-        assert_int_equal(lb_ckpt_meta_parse(texts[i], &r, &err), -1);
+        assert_int_equal(lb_ckpt_meta_parse(texts[i], &r, NULL, &err), -1);
         assert_int_equal(err.code, LB_E_PROTO);
     }
 }
