@@ -44,7 +44,7 @@ static int end(const struct lb_session_env *env, const struct lb_vm_entry *e, st
 {
     struct lb_vm_ident id = lb_entry_ident(e);
 
-    return e->proc.pid > 0 ? lb_hv_end(env->hv, &id, err) : 0;
+    return id.proc.pid > 0 || id.qmp_path ? lb_hv_end(env->hv, &id, err) : 0;
 }
 
 /* ------------------------------------------------------------------ the question */

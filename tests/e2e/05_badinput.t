@@ -290,6 +290,31 @@ class Cases:
             self.with_config("emulator = %s -> %s\n" % (self.emulator(), script),
                              lambda: self.refused(what, HV, "out of it"))
 
+    def receiver_unknown(self):
+        """The destination's session dies when it has started a QEMU and could not yet write down which."""
+        script, born = (os.path.join(self.fleet.b.dir, name) for name in ("qemu-still", "born"))
+        with open(script, "w") as f:
+            # It stands still as soon as it has a control socket, so that nobody gets an answer there.
+            f.write("#!/bin/sh\nhold() {\n    while [ ! -S %s ] && [ -d /proc/$$ ]; do :; done\n    kill -STOP $$\n"
+                    "    echo $$ >%s.new\n    mv %s.new %s\n}\ncase \"$*\" in *-incoming*) hold & ;; esac\nexec %s \"$@\"\n" %
+                    (os.path.join(self.fleet.db.state, "vms", "vm", "qmp.sock"), born, born, born, self.emulator()))
+        os.chmod(script, 0o755)
+
+        def die():
+            command = Command(self.fleet.da, "migrate", "vm", "b", "--json")
+            wait_for(lambda: os.path.exists(born), 20, "a receiver being started", 0.005)
+            os.kill(self.fleet.db.session_pids()[0], signal.SIGKILL)
+            self.failed("the destination's session dies with a receiver that nobody knows", command.error(20), NET)
+        self.with_config("emulator = %s -> %s\n" % (self.emulator(), script), die)
+        with open(born) as f:
+            pid = int(f.read())
+        try:
+            wait_for(lambda: ended(pid), 10, "", 0.1)
+        except RigError:
+            pass
+        self.t.ok(ended(pid), "the receiver that nobody knew is ended")
+        self.unharmed("a receiver that nobody knew")
+
     def names_there(self):
         self.fleet.db.cli("run", "vm", "--", "qemu-system-x86_64", "-nodefaults", "-display", "none", "-machine", "none")
         self.refused("the name is taken there", PREFLIGHT, "vm", unharmed=False)
@@ -470,6 +495,14 @@ class Middle:
             s.close()
 
 
+def ended(pid):
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as f:
+            return not f.read()  # of one that is not yet waited for
+    except OSError:
+        return True
+
+
 def key_of_nobody(fleet):
     """A well-formed key that no host has: that of a daemon that lives for a moment."""
     if not hasattr(fleet, "nobody_key"):
@@ -485,8 +518,8 @@ def key_of_nobody(fleet):
     return fleet.nobody_key
 
 
-ORDER = ["options", "names", "trust", "nonsense", "tampering", "daemons", "busy", "files", "full", "names_there", "paused",
-         "busy_vm", "interrupted", "timeout", "receiver_dies", "link_cut", "converge", "dies"]
+ORDER = ["options", "names", "trust", "nonsense", "tampering", "daemons", "busy", "files", "full", "receiver_unknown", "names_there",
+         "paused", "busy_vm", "interrupted", "timeout", "receiver_dies", "link_cut", "converge", "dies"]
 
 
 def main():
