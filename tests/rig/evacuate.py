@@ -419,8 +419,24 @@ class Harbour(Fleet):
                     daemon.cli("checkpoint", "rm", "--yes", "--force", name + "@suspend")
                 else:
                     daemon.cli("stop", name, "--force")
-        wait_for(lambda: not any(self.qemus().values()), 20, "QEMU gone", 0.1)
+        try:
+            wait_for(lambda: not any(self.qemus().values()), 20, "QEMU gone", 0.1)
+        except RigError as error:
+            raise RigError("%s: %s; known: %s\n%s" % (error, self.qemu_lines(), {r: d.vms() for r, d in self.daemons.items()},
+                                                     self.all_logs()))
         self.forget_all()
+
+    def qemu_lines(self):
+        """{role: [(pid, its arguments)]} of what runs, for a failure's message."""
+        found = {}
+        for role, pids in self.qemus().items():
+            for pid in pids:
+                try:
+                    with open("/proc/%d/cmdline" % pid, "rb") as f:
+                        found.setdefault(role, []).append((pid, f.read().replace(b"\0", b" ").decode(errors="replace")))
+                except OSError:
+                    pass  # gone by now
+        return found
 
     def forget_all(self):
         """What guests said and where they ran, so far."""
