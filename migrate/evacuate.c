@@ -725,6 +725,14 @@ void lb_evac_gone(struct lb_evac *e, struct lb_evac_item *it, uint64_t now_ms)
     done(e, it, now_ms);
 }
 
+void lb_evac_died(struct lb_evac *e, struct lb_evac_item *it, uint64_t now_ms)
+{
+    done(e, it, now_ms);
+    snprintf(it->message, sizeof(it->message), "its process has ended");
+    snprintf(it->remedy, sizeof(it->remedy), "`lifeboat release` forgets it");
+    note(e, it, "is dead", it->message);
+}
+
 void lb_evac_ended(struct lb_evac *e, struct lb_evac_item *it, const struct lb_error *err, uint64_t now_ms)
 {
     it->error = err ? *err : (struct lb_error)LB_ERROR_INIT;
@@ -923,8 +931,8 @@ static bool move_is_over(struct lb_evac *e, struct lb_evac_item *it, uint64_t no
 
     if (!m)
         return true;
-    if (m->state == LB_EVAC_LEFT || (m->state == LB_EVAC_DONE && m->kind == LB_EVAC_SUSPEND))
-        done(e, it, now);
+    if (m->state == LB_EVAC_LEFT || (m->state == LB_EVAC_DONE && (m->kind == LB_EVAC_SUSPEND || m->message[0])))
+        done(e, it, now); /* it runs on here, or not at all */
     if (m->state != LB_EVAC_DONE || ended(it))
         return false;
     snprintf(it->from, sizeof(it->from), "%s", m->to);

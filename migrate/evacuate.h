@@ -211,6 +211,8 @@ void lb_evac_ended(struct lb_evac *e, struct lb_evac_item *it, const struct lb_e
 /* Of an unsettled one: the VM runs here and nobody works on it; it is not here any more (or is suspended). */
 void lb_evac_settled(struct lb_evac *e, struct lb_evac_item *it, uint64_t now_ms);
 void lb_evac_gone(struct lb_evac *e, struct lb_evac_item *it, uint64_t now_ms);
+/* It was here, and its process has ended: it keeps nobody from emptying the host. DONE, with a message. */
+void lb_evac_died(struct lb_evac *e, struct lb_evac_item *it, uint64_t now_ms);
 /* It will not leave, and why: no try can change that. */
 void lb_evac_leave(struct lb_evac *e, struct lb_evac_item *it, const char *message, const char *remedy);
 

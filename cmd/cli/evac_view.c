@@ -62,6 +62,12 @@ static bool settled(const json_t *item)
     return is(item, "state", "done") || is(item, "state", "left");
 }
 
+/* It has not gone anywhere, but is no VM any more. */
+static bool died(const json_t *item)
+{
+    return is(item, "state", "done") && lb_jstr(item, "message")[0];
+}
+
 /* "web1 -> b", "web1 <- b" when it comes back, "web1: new backup c" */
 static void print_label(const struct lb_evac_view *v, FILE *f, const json_t *item)
 {
@@ -102,7 +108,9 @@ static void print_change(const struct lb_evac_view *v, FILE *f, const json_t *wa
 {
     if (is(now, "state", lb_jstr(was, "state")) && lb_jint(was, "tries") == lb_jint(now, "tries"))
         return;
-    if (is(now, "state", "done")) {
+    if (died(now)) {
+        print_trouble(v, f, now, "is dead");
+    } else if (is(now, "state", "done")) {
         print_done(v, f, now);
     } else if (is(now, "state", "failed")) {
         print_trouble(v, f, now, "failed");
@@ -215,7 +223,7 @@ static unsigned vms_that(const struct lb_evac_view *v, const char *state)
     json_t *item;
 
     json_object_foreach (v->items, key, item)
-        n += !is(item, "kind", "backup") && (!state || is(item, "state", state));
+        n += !is(item, "kind", "backup") && !died(item) && (!state || is(item, "state", state));
     return n;
 }
 
@@ -462,7 +470,7 @@ static void print_pauses(FILE *f, const json_t *items)
     json_t *item;
 
     json_array_foreach (items, i, item)
-        if (is(item, "state", "done") && lb_jnum(item, "downtime_ms") > 0)
+        if (is(item, "state", "done") && !died(item) && lb_jnum(item, "downtime_ms") > 0)
             ms[n++] = lb_jnum(item, "downtime_ms");
     if (!n)
         return;
@@ -477,7 +485,7 @@ static void print_left(FILE *f, const json_t *evacuation)
     json_t *item;
 
     json_array_foreach (json_object_get(evacuation, "items"), i, item) {
-        if (!is(item, "state", "left") && !is(item, "state", "failed"))
+        if (!is(item, "state", "left") && !is(item, "state", "failed") && !died(item))
             continue;
         fputs("  ", f);
         lb_print_text(f, lb_jstr(item, "vm"));

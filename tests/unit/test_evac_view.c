@@ -301,6 +301,11 @@ static void test_words_of_the_end(void **state)
              DONE("web1", "copy", "b", "20") "," DONE("web2", "swap", "b", "30.5") "," DONE("web2", "backup", "c", "0") "],\"ok\":true}",
          {"host a is empty: 2 VMs left it in 80.20 s, 4.0 GiB sent, paused 20.0 ms (median), 30.5 ms at most",
           "it takes no VM until `lifeboat maintenance off`; with --bring-back those that left return"}, false},
+        {HEAD("done", "100", "8", "0", "2", "0", "0", "0", "1073741824", "0") DONE("web1", "copy", "b", "20") ","
+             ITEM("web2", "copy", "a", "b", "done", "100", "1", "0", "null", "1", "50", "1", "its process has ended", "release it")
+             "],\"ok\":true}",
+         {"host a is empty: 1 VM left it in 8.00 s, 1.0 GiB sent, paused 20.0 ms (median), 20.0 ms at most",
+          "  web2: its process has ended", "    remedy: release it"}, false},
         {HEAD("done", "100", "1", "0", "0", "0", "0", "0", "0", "0") "],\"ok\":true}", {"host a is empty: 0 VMs left it"}, false},
         {HEAD("cancelled", "50", "8", "null", "1", "0", "0", "0", "1073741824", "0")
              DONE("web1", "copy", "b", "20") "," WAITS("web2", "copy", "b") "],\"ok\":false}",

@@ -860,6 +860,29 @@ static void test_nothing_to_do(void **state)
     lb_evac_free(e);
 }
 
+/* Its guest powers off: the host is emptied all the same, and nobody looks for a backup of it. */
+static void test_died(void **state)
+{
+    struct lb_evac *e = lb_evac_new("a", &plain, false);
+    struct lb_error lost = {.code = LB_E_HV, .message = "QEMU closed the connection"};
+    struct lb_evac_order o;
+    struct lb_evac_item *it;
+    (void)state;
+
+    new_plan(e, json_pack("[o, o]", plan_step("v", "swap", "a", "b", 0, 0), plan_step("v", "backup", "b", "c", 0, 0)), 1);
+    lb_evac_start(e, 1, 1);
+    assert_true(lb_evac_next(e, 1, &o));
+    it = o.item;
+    lb_evac_ended(e, it, &lost, 2);
+    assert_false(lb_evac_next(e, 2, &o));
+    lb_evac_died(e, it, 3);
+    assert_true(it->state == LB_EVAC_DONE && it->message[0]);
+    assert_true(lb_evac_next(e, 3, &o));
+    assert_int_equal(o.what, LB_EVAC_DO_END);
+    assert_int_equal(e->phase, LB_EVAC_FINISHED);
+    lb_evac_free(e);
+}
+
 /* The backup that was to take it over is gone: that says nothing against its host. What else fails there does. */
 static void test_swap_without_backup(void **state)
 {
@@ -1145,7 +1168,8 @@ int main(void)
         cmocka_unit_test(test_bad_plans), cmocka_unit_test(test_file),
         cmocka_unit_test(test_swap_without_backup),
         cmocka_unit_test(test_backup_not_needed), cmocka_unit_test(test_backup_again),
-        cmocka_unit_test(test_awaited),   cmocka_unit_test(test_nothing_to_do),
+        cmocka_unit_test(test_awaited),   cmocka_unit_test(test_died),
+        cmocka_unit_test(test_nothing_to_do),
     };
     return cmocka_run_group_tests_name("evacuate", tests, NULL, NULL);
 }
