@@ -34,6 +34,8 @@ uint64_t lb_evac_now_ms(void);
 int lb_evac_refuse_two(struct evacuation *v, struct lb_error *err);
 /* v->e is new, or was only shown: it begins. */
 void lb_evac_begin(struct daemon *d);
+/* Shows what is under way to one more client. */
+void lb_evac_attach(struct daemon *d, struct client *c);
 
 /* ---- evac_work.c */
 enum lb_evac_place {

@@ -246,10 +246,21 @@ bool lb_evac_reached(const struct lb_evac_item *it, enum lb_evac_place p)
     return comes_here(it) ? p == LB_PLACE_HERE || p == LB_PLACE_FILLS : p == LB_PLACE_AWAY || p == LB_PLACE_DISK;
 }
 
+/* Its guest may just have powered off. */
 static void leave_dead(struct daemon *d, struct lb_evac_item *it)
 {
-    lb_evac_leave(d->evacuation->e, it, "it is dead: its process is gone", "`lifeboat release` forgets it");
+    if (comes_here(it))
+        lb_evac_leave(d->evacuation->e, it, "it is dead: its process is gone", "`lifeboat release` forgets it");
+    else
+        lb_evac_died(d->evacuation->e, it, lb_evac_now_ms());
     lb_maintenance_forget(d, it);
+}
+
+static void reached(struct daemon *d, struct lb_evac_item *it)
+{
+    lb_evac_gone(d->evacuation->e, it, lb_evac_now_ms());
+    if (comes_here(it))
+        lb_maintenance_forget(d, it);
 }
 
 /* Its session said that all went well, or was gone before we came: what the registry says may be a moment behind. */
@@ -281,9 +292,7 @@ void lb_evac_settle(struct daemon *d, struct lb_evac_item *it)
     if (p == LB_PLACE_DEAD) {
         leave_dead(d, it);
     } else if (lb_evac_reached(it, p)) {
-        lb_evac_gone(e, it, lb_evac_now_ms());
-        if (comes_here(it))
-            lb_maintenance_forget(d, it);
+        reached(d, it);
     } else if (it->error.code || is_old(it)) {
         lb_evac_settled(e, it, lb_evac_now_ms());
         if (!comes_here(it))
@@ -312,7 +321,7 @@ static bool may_begin(struct daemon *d, struct lb_evac_item *it)
     else if (p == LB_PLACE_DEAD && !comes_here(it))
         leave_dead(d, it);
     else if (lb_evac_reached(it, p))
-        lb_evac_gone(e, it, lb_evac_now_ms());
+        reached(d, it);
     else
         return true;
     return false;

@@ -317,6 +317,32 @@ static int read_opts(struct daemon *d, const Lb__RpcEvacuate *r, struct lb_evac_
     return rc;
 }
 
+static bool same_text(const char *a, const char *b)
+{
+    return !strcmp(a ? a : "", b ? b : "");
+}
+
+static bool same_opts(const struct lb_evac_opts *a, const struct lb_evac_opts *b)
+{
+    size_t i = 0;
+
+    while (a->to[i] && b->to[i] && !strcmp(a->to[i], b->to[i]))
+        i++;
+    return !a->to[i] && !b->to[i] && a->parallel == b->parallel && a->bandwidth_bytes_per_s == b->bandwidth_bytes_per_s &&
+           a->suspend_rest == b->suspend_rest && a->hot == b->hot && same_text(a->priorities_json, b->priorities_json);
+}
+
+/* Somebody waits for just that plan: one is enough for both. */
+static bool is_being_planned(struct daemon *d, const Lb__RpcEvacuate *r)
+{
+    struct evacuation *v = lb_evac_of(d);
+    struct lb_evac_opts o = {0};
+    bool same = v->planner && v->showing && !read_opts(d, r, &o, NULL) && same_opts(&v->e->opts, &o);
+
+    lb_strv_free(o.to);
+    return same;
+}
+
 /* Replaces what was shown, or is over. */
 static int new_evacuation(struct daemon *d, const Lb__RpcEvacuate *r, struct lb_error *err)
 {
@@ -337,7 +363,8 @@ int lb_evac_refuse_two(struct evacuation *v, struct lb_error *err)
 {
     if (lb_evac_runs(v)) {
         lb_fail(err, LB_E_STATE, v->e->returning ? "VMs are being brought back to this host" : "this host is being emptied");
-        return lb_remedy(err, "`lifeboat evacuate` shows how far it is, `lifeboat cancel --evacuation` stops it");
+        return lb_remedy(err, "`lifeboat %s` shows how far it is, `lifeboat cancel --evacuation` stops it",
+                         v->e->returning ? "maintenance off --bring-back" : "evacuate");
     }
     if (v->planner) {
         lb_fail(err, LB_E_STATE, "another plan is being made");
@@ -351,7 +378,7 @@ static void op_plan(struct daemon *d, struct client *c, const Lb__RpcEvacuate *r
     struct evacuation *v = lb_evac_of(d);
     struct lb_error err = LB_ERROR_INIT;
 
-    if (!lb_evac_refuse_two(v, &err) && !new_evacuation(d, r, &err))
+    if (!is_being_planned(d, r) && !lb_evac_refuse_two(v, &err) && !new_evacuation(d, r, &err))
         v->planner = spawn_planner(d, v->e, &err);
     if (err.code) {
         lb_client_failure(c, &err, NULL);
@@ -393,8 +420,7 @@ void lb_evac_begin(struct daemon *d)
     step(d);
 }
 
-/* Shows it to one more client. */
-static void attach(struct daemon *d, struct client *c)
+void lb_evac_attach(struct daemon *d, struct client *c)
 {
     struct evacuation *v = d->evacuation;
 
@@ -412,7 +438,7 @@ static void op_run(struct daemon *d, struct client *c, const Lb__RpcEvacuate *r)
     struct lb_error err = LB_ERROR_INIT;
 
     if (lb_evac_runs(v) && !v->e->returning) {
-        attach(d, c);
+        lb_evac_attach(d, c);
         return;
     }
     if (lb_evac_refuse_two(v, &err)) {
@@ -439,7 +465,7 @@ static void op_watch(struct daemon *d, struct client *c)
     struct lb_error err = LB_ERROR_INIT;
 
     if (lb_evac_runs(v)) {
-        attach(d, c);
+        lb_evac_attach(d, c);
         return;
     }
     lb_fail(&err, LB_E_STATE, "this host is not being emptied");

@@ -117,9 +117,14 @@ static void bring_back(struct daemon *d, struct client *c, uint32_t parallel, st
 
 static void maintenance_off(struct daemon *d, struct client *c, const Lb__RpcMaintenance *r)
 {
+    struct evacuation *v = lb_evac_of(d);
     struct lb_error err = LB_ERROR_INIT;
 
-    if (!lb_evac_refuse_two(lb_evac_of(d), &err) && !lb_maintenance_set(d, false, NULL, r->bring_back, &err)) {
+    if (r->bring_back && lb_evac_runs(v) && v->e->returning) {
+        lb_evac_attach(d, c);
+        return;
+    }
+    if (!lb_evac_refuse_two(v, &err) && !lb_maintenance_set(d, false, NULL, r->bring_back, &err)) {
         lb_log(LB_LOG_INFO, "maintenance is over: this host takes VMs");
         if (r->bring_back) {
             bring_back(d, c, r->parallel, &err);
