@@ -303,7 +303,10 @@ int lb_prot_abandon(struct prot *p, struct lb_error *err)
         *err = e2;
         return -1;
     }
-    if (!rc)
+    if (!rc && err->code == LB_E_CANCELLED)
+        snprintf(p->entry.note, sizeof(p->entry.note), "protection by %.60s was given up before it had all: %.120s",
+                 p->backup->name, err->message);
+    else if (!rc)
         snprintf(p->entry.note, sizeof(p->entry.note), "protection by %.60s failed: %.150s",
                  p->backup->name, err->message);
     save_entry(p, rc ? LB_VM_DEAD : LB_VM_RUNNING);

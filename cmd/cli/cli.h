@@ -122,6 +122,8 @@ void lb_draw_bar(double percent, const char *text);
 
 /* protect.c: the words for one element of `protections` (top), as lines "key  value". */
 void lb_print_protection(const json_t *p);
+/* What is "protected" in the registry is "protecting" as long as nobody could take over yet. */
+const char *lb_vm_state_text(const json_t *vm);
 /* "protected", "62% pre-copy", ...; buf is returned. */
 const char *lb_protect_state(const json_t *p, char *buf, size_t n);
 

@@ -32,7 +32,7 @@ static void show(const json_t *o)
         char when[32], pid[24] = "";
 
         lb_table_cell(t, "%s", lb_jstr(e, "name"));
-        lb_table_cell(t, "%s", lb_jstr(e, "state"));
+        lb_table_cell(t, "%s", lb_vm_state_text(e));
         if (lb_jint(e, "pid"))
             snprintf(pid, sizeof(pid), "%lld", (long long)lb_jint(e, "pid"));
         lb_table_cell(t, "%s", pid);

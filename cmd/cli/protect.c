@@ -12,6 +12,17 @@
 
 /* ------------------------------------------------------------------ in words */
 
+const char *lb_vm_state_text(const json_t *vm)
+{
+    static const char *const before[] = {"connecting", "preflight", "launching", "disk-sync", "pre-copy", "arming"};
+    const char *state = lb_jstr(vm, "state"), *of = lb_jstr(json_object_get(vm, "protect"), "state");
+
+    for (size_t i = 0; !strcmp(state, "protected") && i < LB_ARRAY_LEN(before); i++)
+        if (!strcmp(of, before[i]))
+            return "protecting";
+    return state;
+}
+
 const char *lb_protect_state(const json_t *p, char *buf, size_t n)
 {
     const char *state = lb_jstr(p, "state");

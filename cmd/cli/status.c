@@ -87,7 +87,7 @@ void lb_show_status(const json_t *o)
     char when[32];
 
     line("name", lb_jstr(o, "name"));
-    printf("%-12s%s%s\n", "state", lb_jstr(o, "state"),
+    printf("%-12s%s%s\n", "state", lb_vm_state_text(o),
            json_is_false(running) ? " (paused)" : "");
     if (lb_jint(o, "pid"))
         printf("%-12s%lld%s\n", "process", (long long)lb_jint(o, "pid"), lb_jbool(o, "alive") ? "" : " (gone)");

@@ -533,6 +533,15 @@ else
     # protected; what a protection does to a guest is for other tests
     a "run it again" 0 run vm --json -- $qemu "${machine[@]}"
     pid=$(get "['pid']")
+    "$bin/lifeboat" --host "$dir/a.sock" protect vm --backup b --manual --disk none --bandwidth 100KB >"$dir/slow.out" 2>&1 &
+    slow=$!
+    for _ in $(seq 100); do sleep 0.1; "$bin/lifeboat" --host "$dir/a.sock" ls | grep -q 'pre-copy' && break; done
+    a "ls while it gets its first copy" 0 ls
+    out_has "protecting"
+    a "unprotect meanwhile" 0 unprotect vm
+    wait "$slow"; [ $? -ne 0 ]; point "who waited for the protection is told" $? "$(cat "$dir/slow.out")"
+    a "ls after that" 0 ls
+    out_has "given up before it had all"
     a "protect" 0 protect vm --backup b --manual --disk none
     out_has "protection by host b begins"
     out_has "nothing, until somebody says"
@@ -655,8 +664,8 @@ else
     kill -0 $hand_pid; point "a released VM runs" $?
     a "adopt with --qmp" 0 adopt hand2 --pid $hand_pid --qmp "$dir/hand.sock"
     kill -9 $hand_pid
-    # SIGKILL returns before its victim has ended
-    for _ in $(seq 100); do kill -0 $hand_pid 2>/dev/null && ! grep -q '^State:.Z' /proc/$hand_pid/status 2>/dev/null || break; sleep 0.05; done
+    # SIGKILL returns before its victim has ended, and the first thread of a process may have ended before the others
+    for _ in $(seq 100); do "$bin/lifeboat" --host "$dir/a.sock" ls --json | grep -q '"state":"dead"' && break; sleep 0.05; done
     hand_pid=
     a "ls of a dead VM" 0 ls --json
     json_has "o['vms'][0]['state'] == 'dead' and o['vms'][0]['alive'] is False"
