@@ -97,7 +97,7 @@ GUEST    := $(B)/guest/initrd.img
 TINY     := $(B)/guest/tiny.elf
 TRIXIE   := $(B)/trixie/qemu-system-x86_64
 VECTORS  := $(B)/vectors/noise.txt
-RDMA     := $(B)/rdma/initrd.img
+RDMA_BED := $(B)/rdma/initrd.img
 UNIT_T   := $(wildcard tests/unit/*.t)
 E2E_T    := $(wildcard tests/e2e/*.t)
 PROVE    := prove --timer --merge --failures --comments --exec tests/lib/tap.sh
@@ -132,7 +132,7 @@ $(VECTORS): tests/unit/noise_vectors.sh
 	$(call say,VECTORS,$@)
 	$(Q)tests/unit/noise_vectors.sh $(B)/vectors && touch $@
 
-$(RDMA): tests/rdma/build.sh tests/rdma/init tests/lib/kernel.sh | $(GUEST)
+$(RDMA_BED): tests/rdma/build.sh tests/rdma/init tests/lib/kernel.sh | $(GUEST)
 	$(call say,MACHINE,$@)
 	$(Q)tests/rdma/build.sh $(B)/guest $(B)/rdma && touch $@
 
@@ -167,7 +167,7 @@ check-san-run: $(SAN_BIN) $(VECTORS)
 # RDMA between two machines: real ones where there is a device, else virtual ones with soft-RoCE
 check-rdma: deps-rdma
 	$(Q)$(MAKE) --no-print-directory check-rdma-run
-check-rdma-run: all $(O)/tests/integration/test_rdma $(GUEST) $(TINY) $(RDMA)
+check-rdma-run: all $(O)/tests/integration/test_rdma $(GUEST) $(TINY) $(RDMA_BED)
 	$(Q)$(PROVE) tests/rdma/*.t
 
 demo: deps-demo
@@ -192,7 +192,7 @@ bench-evacuate-run: all tools $(GUEST) $(TINY)
 	$(Q)tests/bench/bench_evacuate.py $(BENCH_ARGS)
 bench-rdma: deps-rdma
 	$(Q)$(MAKE) --no-print-directory bench-rdma-run
-bench-rdma-run: all $(GUEST) $(TINY) $(RDMA)
+bench-rdma-run: all $(GUEST) $(TINY) $(RDMA_BED)
 	$(Q)tests/rdma/bench.py $(BENCH_ARGS)
 # What an epoch costs, without a guest
 bench-stage: $(O)/tests/bench/bench_stage
