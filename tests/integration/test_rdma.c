@@ -234,6 +234,40 @@ static void test_stranger(void **state)
     close_link(&l);
 }
 
+static void *connect_main(void *arg)
+{
+    struct link *l = arg;
+    struct lb_error e = LB_ERROR_INIT;
+
+    if (lb_rdma_connect(&l->addr, SESSION, 10000, -1, &l->near, &e))
+        print_message("connect: %s\n", e.message);
+    return NULL;
+}
+
+/* Who asked and has given up since keeps the next one waiting for no longer than it takes to say so. */
+static void test_given_up(void **state)
+{
+    struct link l;
+    struct lb_error e = LB_ERROR_INIT;
+    struct lb_transport *t = NULL;
+    pthread_t thread;
+
+    (void)state;
+    need_device(&l);
+    assert_int_equal(lb_rdma_listen(&l.addr, 1, SESSION, &l.listener, &e), 0);
+    assert_int_equal(lb_rdma_connect(&l.addr, SESSION, 500, -1, &t, &e), -1); /* nobody accepts */
+    assert_true(lb_is_timeout(&e));
+    uint64_t start = lb_now_ns();
+    assert_int_equal(pthread_create(&thread, NULL, connect_main, &l), 0);
+    for (unsigned i = 0; i < 3 && !l.far; i++)
+        lb_rdma_accept(l.listener, 8000, &l.far, &e);
+    pthread_join(thread, NULL);
+    assert_non_null(l.near);
+    assert_non_null(l.far);
+    assert_true(lb_now_ns() - start < UINT64_C(8000000000));
+    close_link(&l);
+}
+
 /* -------------------------------------------------------------------- writes */
 
 #define AREA (2u << 20)
@@ -284,7 +318,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_stream_both_ways), cmocka_unit_test(test_credits),
         cmocka_unit_test(test_abort),            cmocka_unit_test(test_stranger),
-        cmocka_unit_test(test_write),
+        cmocka_unit_test(test_given_up),         cmocka_unit_test(test_write),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
