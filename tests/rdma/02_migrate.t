@@ -42,8 +42,7 @@ def anonymous(t, fleet, mode):
     road = Road(t, fleet, guest)
     source, target = road.at, road.to()
     t.equal(guest.memory_file(source), "", what + ": nothing that could be mapped")
-    # With huge pages, as anonymous memory has them, the kernel's log knows 2 MB only: there is always much to send at the end.
-    result, watch = road.leg(mode, "--max-downtime", "5s", what=what)
+    result, watch = road.leg(mode, what=what)
     went(t, result, mode, what)
     t.ok("memfd" in guest.memory_file(target), what + ": a memfd there", guest.memory_file(target))
     if mode == "zero-copy":

@@ -14,10 +14,10 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from bed import LINKS
-from daemons import MODES, Command, Fleet, Guest, Road, at_point
+from daemons import MODES, PATIENT, Command, Fleet, Guest, Road, at_point
 from rig import Tap
 
-SLOW = ["--bandwidth", "40Mbit", "--compress", "off"]  # some seconds for a guest of 24 MB
+SLOW = PATIENT + ["--bandwidth", "40Mbit", "--compress", "off"]  # some seconds for a guest of 24 MB
 LATEST_S = 3.5
 
 
@@ -89,7 +89,7 @@ def deaf(t, road, name):
     source.node.lose(at_source)
     target.node.lose(at_target)
     try:
-        command = Command(source, "migrate", "vm", target.node.role, "--transport", "auto", "--trusted-fabric", "--json")
+        command = Command(source, "migrate", "vm", target.node.role, "--transport", "auto", "--trusted-fabric", *PATIENT, "--json")
         code, out = command.wait(180)
         lost = [node.lost() for node, taken in ((source.node, at_source), (target.node, at_target)) if taken]
     finally:
