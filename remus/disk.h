@@ -53,7 +53,8 @@ struct lb_disk_source_opts {
 int lb_disk_source_check(struct lb_error *err);
 /* Disks that cannot be replicated (shared writable, unknown size): "what: why: remedy", malloc'ed vector. */
 char **lb_disk_blockers(const struct lb_hv_disk *disks, unsigned n);
-/* Starts nbdkit, exports "0", "1", ... It ends with the calling thread (PR_SET_PDEATHSIG). */
+/* Starts nbdkit, exports "0", "1", ... It outlives us: what QEMU still writes is dropped then, and it ends when QEMU has ended
+ * its mirrors. */
 int lb_disk_source_open(const struct lb_hv_disk *disks, unsigned n,
                         const struct lb_disk_source_opts *opts, struct lb_disk_source **out,
                         struct lb_error *err);

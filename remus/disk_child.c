@@ -4,7 +4,7 @@
  * client may connect at once, and when the child dies before it accepts, the connection ends. What it
  * says on stderr goes into a memfd: no file is left behind whatever happens. A child whose session dies is
  * killed, not asked: qemu-nbd forgets a SIGTERM that comes while it starts, and would hold its image for
- * ever. What was flushed is in the image all the same. */
+ * ever. What was flushed is in the image all the same. The primary's nbdkit is not: see remus/nbdkit/plugin.c. */
 #include "remus/disk_internal.h"
 
 #include <errno.h>
@@ -76,7 +76,7 @@ static void exec_child(const struct lb_disk_child_opts *o, int listen_fd, int lo
         _exit(126);
     snprintf(listen_pid, sizeof(listen_pid), "LISTEN_PID=%d", (int)getpid());
     /* the parent may have died before it was asked for */
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent)
+    if (!o->outlives && (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent))
         _exit(126);
     execve(o->argv[0], (char *const *)o->argv, env);
     dprintf(2, "cannot execute %s: error %d\n", o->argv[0], errno);
@@ -87,7 +87,7 @@ int lb_disk_child_start(const struct lb_disk_child_opts *opts, struct lb_disk_ch
                         struct lb_error *err)
 {
     const char *slash = strrchr(opts->argv[0], '/');
-    *out = (struct lb_disk_child){.pidfd = -1, .log_fd = -1};
+    *out = (struct lb_disk_child){.pidfd = -1, .log_fd = -1, .outlives = opts->outlives};
     snprintf(out->name, sizeof(out->name), "%s", slash ? slash + 1 : opts->argv[0]);
     LB_AUTO_FD int log_fd = memfd_create("log", MFD_CLOEXEC);
     if (log_fd < 0)
@@ -156,12 +156,12 @@ void lb_disk_child_end(struct lb_disk_child *c, unsigned grace_ms)
     lb_disk_child_unlink(c);
     if (c->pid <= 0)
         return;
-    if (!lb_readable(c->pidfd, grace_ms)) {
+    if (!lb_readable(c->pidfd, grace_ms) && !c->outlives) {
         kill(c->pid, SIGTERM);
         if (!lb_readable(c->pidfd, TERM_MS))
             kill(c->pid, SIGKILL);
     }
-    while (waitpid(c->pid, NULL, 0) < 0 && errno == EINTR)
+    while (waitpid(c->pid, NULL, c->outlives ? WNOHANG : 0) < 0 && errno == EINTR)
         ;
     last_words(c, words);
     if (words[0])

@@ -30,18 +30,20 @@ void lb_disk_queue_take(struct lb_disk_queue *q, struct lb_disk_ops *out);
 /* ------------------------------------------------------------ disk_child.c */
 
 /* A server program with a listening unix socket handed to it by the LISTEN_FDS protocol: it can be
- * connected to at once. SIGKILL when the thread that started it dies. */
+ * connected to at once. SIGKILL when the thread that started it dies, unless it outlives that. */
 struct lb_disk_child {
     char name[16];
     char socket[108];   /* "" when removed */
     pid_t pid;          /* 0: none */
     int pidfd, log_fd;  /* its stderr: a memfd */
+    bool outlives;
 };
 struct lb_disk_child_opts {
     const char *const *argv;   /* argv[0]: whole path; NULL-terminated */
     const char *socket;
     uint32_t uid, gid;         /* owner of the socket */
     int pass_fd;               /* becomes LB_DISK_CHILD_FD there; -1 none */
+    bool outlives;             /* it knows by itself when it is not needed any more */
 };
 #define LB_DISK_CHILD_FD 4
 int lb_disk_child_start(const struct lb_disk_child_opts *opts, struct lb_disk_child *out,
@@ -49,7 +51,7 @@ int lb_disk_child_start(const struct lb_disk_child_opts *opts, struct lb_disk_ch
 /* Why it is no good (its last words, its exit status when it ends within wait_ms), as *err; -1. */
 int lb_disk_child_failed(struct lb_disk_child *c, unsigned wait_ms, struct lb_error *err);
 void lb_disk_child_unlink(struct lb_disk_child *c);
-/* Wait until it ends by itself, at most grace_ms; then SIGTERM, SIGKILL. Frees. None there: fine. */
+/* Wait until it ends by itself, at most grace_ms; then SIGTERM, SIGKILL, or it is left to itself. Frees. None there: fine. */
 void lb_disk_child_end(struct lb_disk_child *c, unsigned grace_ms);
 /* A program in the usual places; 0 or LB_E_UNSUPPORTED, remedy: the Debian package. */
 int lb_disk_find_program(const char *name, const char *package, char path[128],

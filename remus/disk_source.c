@@ -9,8 +9,7 @@
  * message's end.
  *
  * A failure (nbdkit dies, the link of the first copy breaks, no memory) is told once and ends the reader;
- * it shuts the socket, so that the plugin fails every request and QEMU ends the mirror while the guest
- * goes on. nbdkit dies with us. */
+ * it shuts the socket, so that the plugin drops what comes while the guest goes on, until the mirror is ended. */
 #include "remus/disk_internal.h"
 
 #include <assert.h>
@@ -33,7 +32,7 @@
 #define INSTALL_DIR "/usr/local/lib/lifeboat"
 #define DEFAULT_LIMIT (64u << 20)
 #define SOCKET_BYTES (4 << 20) /* answered and not read yet: what the link of the first copy lags behind */
-enum { CUT_MS = 10000, DIED_MS = 1000, CHECK_MS = 10000, END_MS = 0 };
+enum { CUT_MS = 10000, DIED_MS = 1000, CHECK_MS = 10000, END_MS = 1000 };
 
 enum request { REQ_NONE, REQ_QUEUE, REQ_CUT };
 
@@ -145,7 +144,7 @@ static int start_nbdkit(struct lb_disk_source *s, int plugin_end, struct lb_erro
         argv[n++] = sizes[i];
     }
     struct lb_disk_child_opts o = {.argv = argv, .socket = s->socket, .uid = s->opts.uid,
-                                   .gid = s->opts.gid, .pass_fd = plugin_end};
+                                   .gid = s->opts.gid, .pass_fd = plugin_end, .outlives = true};
     return lb_disk_child_start(&o, &s->nbdkit, err);
 }
 
@@ -385,9 +384,9 @@ const char *lb_disk_source_socket(const struct lb_disk_source *s)
 
 static void source_free(struct lb_disk_source *s)
 {
-    lb_disk_child_end(&s->nbdkit, END_MS);
     if (s->sock >= 0)
-        close(s->sock);
+        close(s->sock); /* by that it knows */
+    lb_disk_child_end(&s->nbdkit, END_MS);
     if (s->wake_fd >= 0)
         close(s->wake_fd);
     lb_disk_ops_free(&s->cut);

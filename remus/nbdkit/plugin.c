@@ -3,17 +3,20 @@
  *   nbdkit PLUGIN fd=N size=BYTES [size=BYTES ...]      exports "0", "1", ... in that order
  *
  * A request is answered when all of it is in the socket N: whoever sees the answer knows that the
- * session can read it. A session that is slow makes requests wait, one that is gone makes them fail,
- * and QEMU ends the mirror. Discarded blocks are passed on as zeros, which is how QEMU's images read
+ * session can read it. A session that is slow makes requests wait. When it is gone what comes is dropped, as
+ * the copy is worth nothing any more, until QEMU has ended the mirror and with it the last connection; then nbdkit
+ * ends. An error would end the mirror in the middle of the guest's writes, and QEMU 7.2 may die of that. Discarded blocks are passed on as zeros, which is how QEMU's images read
  * them. Flushes need nothing: the backup makes an epoch durable when it is complete. Nobody reads. */
 #define NBDKIT_API_VERSION 2
 #include <nbdkit-plugin.h>
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 
 #include "remus/nbdkit/wire.h"
@@ -30,7 +33,10 @@ static struct disk disks[MAX_DISKS];
 static unsigned n_disks;
 static int out_fd = -1;
 static pthread_mutex_t out_lock = PTHREAD_MUTEX_INITIALIZER;
-static bool out_broken; /* a message was cut short: nothing may follow; locked by out_lock */
+/* locked by out_lock */
+static bool out_broken;   /* a message was cut short, or nobody reads: nothing may follow */
+static bool session_gone;
+static unsigned connections;
 
 static int lb_config(const char *key, const char *value)
 {
@@ -56,6 +62,38 @@ static int lb_config_complete(void)
     return -1;
 }
 
+static void end_if_unused(void)
+{
+    if (session_gone && connections == 0)
+        nbdkit_shutdown();
+}
+
+static void *watch_session(void *arg)
+{
+    struct pollfd p = {.fd = out_fd}; /* POLLHUP, which is always told */
+    while (poll(&p, 1, -1) < 0 && errno == EINTR)
+        ;
+    pthread_mutex_lock(&out_lock);
+    session_gone = true;
+    end_if_unused();
+    pthread_mutex_unlock(&out_lock);
+    return arg;
+}
+
+static int lb_after_fork(void)
+{
+    pthread_t t;
+    int e;
+    /* nbdkit that was given its socket asks for a signal when its parent dies */
+    prctl(PR_SET_PDEATHSIG, 0);
+    e = pthread_create(&t, NULL, watch_session, NULL);
+    if (e == 0)
+        e = pthread_detach(t);
+    if (e != 0)
+        nbdkit_error("cannot start a thread: error %d", e);
+    return e == 0 ? 0 : -1;
+}
+
 static void *lb_open(int readonly)
 {
     const char *name = nbdkit_export_name();
@@ -65,7 +103,19 @@ static void *lb_open(int readonly)
         nbdkit_error("there is no disk '%s'", name ? name : "");
         return NULL;
     }
+    pthread_mutex_lock(&out_lock);
+    connections++;
+    pthread_mutex_unlock(&out_lock);
     return &disks[number];
+}
+
+static void lb_close(void *handle)
+{
+    (void)handle;
+    pthread_mutex_lock(&out_lock);
+    connections--;
+    end_if_unused();
+    pthread_mutex_unlock(&out_lock);
 }
 
 static int64_t lb_get_size(void *handle)
@@ -133,9 +183,8 @@ static int forward(const struct disk *d, uint32_t kind, const void *data, uint32
     pthread_mutex_lock(&out_lock);
     if (!out_broken)
         out_broken = send_all(iov, kind == KIND_WRITE ? 2 : 1) < 0;
-    bool broken = out_broken;
     pthread_mutex_unlock(&out_lock);
-    return broken ? refuse(EIO, "the session that replicates this disk is gone") : 0;
+    return 0;
 }
 
 static int lb_pwrite(void *handle, const void *buf, uint32_t count, uint64_t offset, uint32_t flags)
@@ -170,7 +219,9 @@ static struct nbdkit_plugin plugin = {
     .config = lb_config,
     .config_complete = lb_config_complete,
     .config_help = "fd=<N>        socket of the session\nsize=<BYTES>  of each disk, in order",
+    .after_fork = lb_after_fork,
     .open = lb_open,
+    .close = lb_close,
     .get_size = lb_get_size,
     .block_size = lb_block_size,
     .can_multi_conn = answer_yes,

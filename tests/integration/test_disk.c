@@ -88,15 +88,20 @@ static struct lb_disk_source *source(struct heard *h, uint64_t bytes, uint64_t l
     return s;
 }
 
-static struct nbd_handle *client(const struct lb_disk_source *s, const char *name)
+static struct nbd_handle *client_of(const char *path, const char *name)
 {
     struct nbd_handle *nbd = nbd_create();
     assert_non_null(nbd);
     nbd_set_strict_mode(nbd, 0); /* requests that the server has to refuse, too */
     nbd_set_export_name(nbd, name);
-    if (nbd_connect_unix(nbd, lb_disk_source_socket(s)) < 0)
+    if (nbd_connect_unix(nbd, path) < 0)
         fail_msg("%s", nbd_get_error());
     return nbd;
+}
+
+static struct nbd_handle *client(const struct lb_disk_source *s, const char *name)
+{
+    return client_of(lb_disk_source_socket(s), name);
 }
 
 static struct lb_disk_target *target(const char *name, const char *format, uint64_t bytes)
@@ -280,7 +285,7 @@ static void test_what_cannot_be_asked_is_refused(void **state)
 struct writer {
     struct nbd_handle *nbd;
     _Atomic uint64_t written;
-    _Atomic int failed;
+    _Atomic int failed, enough;
 };
 
 static void *write_on(void *arg)
@@ -288,7 +293,7 @@ static void *write_on(void *arg)
     struct writer *w = arg;
     char *data = calloc(1, MIB);
     data[0] = 1;
-    while (!w->failed) {
+    while (!w->failed && !w->enough) {
         if (nbd_pwrite(w->nbd, data, MIB, w->written % (64 * MIB), 0) < 0)
             w->failed = 1;
         else
@@ -298,8 +303,7 @@ static void *write_on(void *arg)
     return NULL;
 }
 
-/* A slow link makes the writer wait: what is under way stays bounded. When it breaks, writes fail and the
- * source says so, once. */
+/* A slow link makes the writer wait: what is under way stays bounded. When it breaks, the source says so, once, and the writer goes on. */
 static void test_back_pressure_and_a_broken_link(void **state)
 {
     (void)state;
@@ -316,10 +320,15 @@ static void test_back_pressure_and_a_broken_link(void **state)
     assert_int_equal(w.written, at);
     assert_int_equal(h.direct_bytes, LB_DISK_OP_MAX);
     h.block = 2;
-    pthread_join(thread, NULL);
     for (int i = 0; i < 2000 && !h.n_failed; i++)
         usleep(1000);
     assert_int_equal(h.n_failed, 1);
+    for (int i = 0; i < 5000 && w.written < at + 64 * MIB; i++)
+        usleep(1000);
+    assert_true(w.written >= at + 64 * MIB);
+    w.enough = 1;
+    pthread_join(thread, NULL);
+    assert_false(w.failed);
     assert_string_equal(h.why.message, "the link is gone");
     struct lb_error err = LB_ERROR_INIT;
     assert_int_equal(lb_disk_source_queue(s, &err), -1);
@@ -402,11 +411,20 @@ static void test_death_of_nbdkit_is_told(void **state)
     assert_int_equal(rmdir(dir), 0);
 }
 
-static void test_nbdkit_dies_with_its_session(void **state)
+static bool ends(const struct lb_proc_id *id, unsigned within_ms)
 {
-    (void)state;
+    for (unsigned i = 0; i < within_ms && lb_proc_alive(id); i++)
+        usleep(1000);
+    return !lb_proc_alive(id);
+}
+
+/* The session is killed. A guest whose writes are copied does not notice; nbdkit ends when nobody writes to it any more. */
+static void session_dies(unsigned n_clients)
+{
+    struct nbd_handle *nbd[2];
     int ready[2];
-    char c;
+    char c, path[96];
+    static char data[65536];
     assert_int_equal(pipe(ready), 0);
     pid_t session = fork();
     if (session == 0) {
@@ -422,13 +440,52 @@ static void test_nbdkit_dies_with_its_session(void **state)
     assert_true(nbdkit > 0);
     struct lb_proc_id id;
     OK(lb_proc_identify(nbdkit, &id, err));
+    snprintf(path, sizeof(path), "%s/disk.sock", dir);
+    for (unsigned i = 0; i < n_clients; i++) {
+        nbd[i] = client_of(path, "0");
+        assert_int_equal(nbd_pwrite(nbd[i], data, sizeof(data), 0, 0), 0);
+    }
     kill(session, SIGKILL);
     waitpid(session, NULL, 0);
-    for (int i = 0; i < 2000 && lb_proc_alive(&id); i++)
-        usleep(1000);
-    assert_false(lb_proc_alive(&id));
+    for (unsigned i = 0; i < n_clients; i++) {
+        assert_false(ends(&id, 50));
+        for (unsigned k = 0; k < 200; k++) /* more than the socket holds */
+            assert_int_equal(nbd_pwrite(nbd[i], data, sizeof(data), k % 64 * sizeof(data), 0), 0);
+        assert_int_equal(nbd_zero(nbd[i], sizeof(data), 0, 0), 0);
+        assert_int_equal(nbd_flush(nbd[i], 0), 0);
+        nbd_close(nbd[i]);
+    }
+    assert_true(ends(&id, 5000));
+    unlink(path);
     close(ready[0]);
     close(ready[1]);
+}
+
+static void test_nbdkit_outlives_its_session(void **state)
+{
+    (void)state;
+    session_dies(0);
+    session_dies(1);
+    session_dies(2);
+}
+
+/* The session lives, and has closed before its mirror was ended. */
+static void test_close_while_written_to(void **state)
+{
+    (void)state;
+    struct heard h = {0};
+    struct lb_disk_source *s = source(&h, DISK_BYTES, 0);
+    struct nbd_handle *nbd = client(s, "0");
+    char data[512] = {1};
+    struct lb_proc_id id;
+    pid_t pid = find_nbdkit(getpid());
+    OK(lb_proc_identify(pid, &id, err));
+    assert_int_equal(nbd_pwrite(nbd, data, sizeof(data), 0, 0), 0);
+    lb_disk_source_close(s);
+    assert_int_equal(nbd_pwrite(nbd, data, sizeof(data), 512, 0), 0);
+    nbd_close(nbd);
+    assert_true(ends(&id, 5000));
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
 }
 
 static void test_user_who_has_to_reach_the_socket(void **state)
@@ -654,7 +711,8 @@ int main(void)
         T(test_back_pressure_and_a_broken_link),
         T(test_pressure_once_per_epoch),
         T(test_death_of_nbdkit_is_told),
-        T(test_nbdkit_dies_with_its_session),
+        T(test_nbdkit_outlives_its_session),
+        T(test_close_while_written_to),
         T(test_user_who_has_to_reach_the_socket),
         T(test_blockers_and_check),
         T(test_qcow2_that_does_not_fit),
