@@ -41,7 +41,7 @@
 #define FINAL_WAIT_NS UINT64_C(3000000000)
 #define NOTED_WAIT_NS UINT64_C(10000000000)
 #define HANDSHAKE_TIMEOUT_MS 10000u
-#define LOCK_WAIT_MS 3000u
+#define LOCK_WAIT_MS 10000u /* the daemon has seen that no session works on it: one ends, maybe on a busy host */
 #define MAX_LOG_BYTES (1 << 20)
 
 struct sess {
