@@ -383,10 +383,10 @@ static int receive(struct lb_restore *r, struct lb_error *err)
     struct opening o = {.r = r};
     struct lb_error why = LB_ERROR_INIT;
     int rc;
-    LB_AUTO_FREE char *dir = lb_vm_dir(r->env->state_dir, r->entry.name, true);
+    LB_AUTO_FREE char *qmp = lb_vm_qmp_path(r->env->state_dir, r->entry.name);
 
     /* By which the receiver is found, should we die before it is known. */
-    snprintf(r->entry.qmp_path, sizeof(r->entry.qmp_path), "%s/qmp.sock", dir);
+    snprintf(r->entry.qmp_path, sizeof(r->entry.qmp_path), "%s", qmp);
     lb_restore_keep_disks(r->env, r->entry.name); /* those of an earlier VM of that name: not ours to undo */
     if (save_entry(r, err))
         return -1;

@@ -208,6 +208,11 @@ int lb_vm_entry_load(const char *state_dir, const char *name, struct lb_vm_entry
     return 0;
 }
 
+char *lb_vm_qmp_path(const char *state_dir, const char *name)
+{
+    return file_of(state_dir, name, LB_VM_QMP_SOCK);
+}
+
 int lb_vm_entry_save(const char *state_dir, const struct lb_vm_entry *e, struct lb_error *err)
 {
     LB_AUTO_FREE char *text = NULL;

@@ -77,6 +77,9 @@ int lb_vm_entry_remove(const char *state_dir, const char *name, struct lb_error 
 /* Sorted by name; *v malloc'ed. Broken entries are logged and left out. */
 int lb_vm_entry_list(const char *state_dir, struct lb_vm_entry **v, unsigned *n,
                      struct lb_error *err);
+#define LB_VM_QMP_SOCK "qmp.sock"
+/* vms/NAME/qmp.sock: the control socket of what was launched for that VM; caller frees. */
+char *lb_vm_qmp_path(const char *state_dir, const char *name);
 /* Take vms/NAME/lock without waiting; returns an fd that holds it, or -1 with
  * LB_E_STATE "VM NAME is busy: a session works on it" . Freed by close or death. */
 int lb_vm_lock(const char *state_dir, const char *name, struct lb_error *err);

@@ -58,8 +58,8 @@ uint64_t lb_capacity_resident(pid_t pid)
     return sum;
 }
 
-/* What a VM of this process is to be counted with. */
-static uint64_t memory_of(const struct lb_vm_entry *e)
+/* What a VM of this process, which occupies so much, is to be counted with. */
+static uint64_t memory_of(const struct lb_vm_entry *e, uint64_t resident)
 {
     char **argv = NULL;
     uint64_t ram = 0;
@@ -67,7 +67,7 @@ static uint64_t memory_of(const struct lb_vm_entry *e)
     if (!lb_proc_cmdline(e->proc.pid, &argv, NULL))
         ram = lb_capacity_ram_of(argv);
     lb_strv_free(argv);
-    return LB_MAX(lb_preflight_need_bytes(ram), lb_capacity_resident(e->proc.pid));
+    return LB_MAX(lb_preflight_need_bytes(ram), resident);
 }
 
 /* ----------------------------------------------------------------------------- host */
@@ -186,10 +186,11 @@ static json_t *key_of(const struct lb_hosts *hosts, const char *name)
     return json_string(text);
 }
 
-static json_t *vm_json(const struct lb_host_config *cfg, const struct lb_vm_entry *e, const struct lb_hosts *hosts)
+static json_t *vm_json(const struct lb_host_config *cfg, const struct lb_vm_entry *e, uint64_t resident,
+                       const struct lb_hosts *hosts)
 {
-    json_t *o = json_pack("{s:s, s:I, s:I}", "name", e->name, "memory_bytes", (json_int_t)memory_of(e), "touched_bytes",
-                          (json_int_t)lb_capacity_resident(e->proc.pid));
+    json_t *o = json_pack("{s:s, s:I, s:I}", "name", e->name, "memory_bytes", (json_int_t)memory_of(e, resident),
+                          "touched_bytes", (json_int_t)resident);
 
     json_object_set_new(o, "together", groups_of(&cfg->together, e->name));
     json_object_set_new(o, "apart", groups_of(&cfg->apart, e->name));
@@ -211,14 +212,17 @@ json_t *lb_capacity_fragment(const char *state_dir, const struct lb_host_config 
 
     if (!lb_hosts_load(state_dir, &hosts, err) && !lb_vm_entry_list(state_dir, &v, &n, err)) {
         for (unsigned i = 0; i < n; i++) {
+            uint64_t resident;
+
             if (v[i].proc.pid <= 0 || !lb_proc_alive(&v[i].proc))
                 continue;
-            in_vms += lb_capacity_resident(v[i].proc.pid);
+            resident = lb_capacity_resident(v[i].proc.pid);
+            in_vms += resident;
             if (runs_here(v[i].state))
-                json_array_append_new(vms, vm_json(cfg, &v[i], &hosts));
+                json_array_append_new(vms, vm_json(cfg, &v[i], resident, &hosts));
             else if (v[i].state == LB_VM_STANDBY || v[i].state == LB_VM_INCOMING)
                 json_array_append_new(kept, json_pack("{s:s, s:I, s:o}", "name", v[i].name, "memory_bytes",
-                                                      (json_int_t)memory_of(&v[i]), "of", key_of(&hosts, v[i].peer)));
+                                                      (json_int_t)memory_of(&v[i], resident), "of", key_of(&hosts, v[i].peer)));
         }
         host = host_json(state_dir, cfg, in_vms, err);
     }

@@ -8,22 +8,6 @@
 #define STAGING_BYTES ((size_t)LB_REC_MAX_PAGES * LB_PAGE_SIZE)
 #define GRANT_WAIT_NS UINT64_C(20000000000)
 
-/* As in the payloads: little-endian. */
-static void put_le(uint8_t *p, uint64_t v, unsigned n)
-{
-    for (unsigned i = 0; i < n; i++)
-        p[i] = (uint8_t)(v >> (8 * i));
-}
-
-static uint64_t get_le(const uint8_t *p, unsigned n)
-{
-    uint64_t v = 0;
-
-    for (unsigned i = 0; i < n; i++)
-        v |= (uint64_t)p[i] << (8 * i);
-    return v;
-}
-
 static struct lb_page_run chunk_run(const struct lb_ram_block *blk, uint64_t chunk)
 {
     uint64_t first = chunk * LB_RDMA_CHUNK_PAGES, all = blk->size_bytes >> LB_PAGE_SHIFT;
@@ -95,9 +79,9 @@ static int granted(struct lb_direct *d, uint32_t block, const struct lb_page_run
     if (rec.type != LB_REC_GRANT || rec.block_id != block || rec.runs[0].first != run->first ||
         rec.runs[0].count != run->count)
         return lb_fail(err, LB_E_PROTO, "the peer answers another question than ours");
-    d->slot[slot].addr = get_le(p, 8);
-    d->slot[slot].rkey = (uint32_t)get_le(p + 8, 4);
-    *yes = get_le(p + 12, 4) == 1;
+    d->slot[slot].addr = lb_get64(p);
+    d->slot[slot].rkey = lb_get32(p + 8);
+    *yes = lb_get32(p + 12) == 1;
     return 0;
 }
 
@@ -122,7 +106,7 @@ static int fill_slot(struct lb_direct *d, const struct lb_ram_block *blk, uint64
         d->refused = true;
         return 0;
     }
-    put_le(ask, slot, sizeof(ask));
+    lb_put32(ask, slot);
     if (lb_bulk_send_direct(d->bulk, LB_REC_ASK, 0, blk->id, &run, 1, ask, sizeof(ask), err) ||
         granted(d, blk->id, &run, slot, &yes, err))
         return -1;
@@ -181,7 +165,7 @@ int lb_direct_send(struct lb_direct *d, uint32_t round, const struct lb_ram_bloc
         const uint8_t *p = iov[i].iov_base;
 
         for (uint32_t k = 0; k < runs[i].count; k++, p += LB_PAGE_SIZE)
-            put_le(sums + 8 * (size_t)n++, XXH3_64bits(p, LB_PAGE_SIZE), 8);
+            lb_put64(sums + 8 * (size_t)n++, XXH3_64bits(p, LB_PAGE_SIZE));
     }
     for (unsigned i = 0; i < n_runs; i++) {
         uint64_t to = d->slot[slot].addr +
@@ -231,12 +215,12 @@ int lb_direct_rx_ask(struct lb_direct_rx *d, const struct lb_record *rec,
     struct lb_page_run run = rec->runs[0];
     struct lb_error e = LB_ERROR_INIT;
     uint8_t p[LB_REC_MAX_DIRECT_BYTES], answer[16];
-    uint64_t slot;
+    uint32_t slot;
     bool yes;
 
     if (lb_bulk_recv_direct(d->bulk, rec, p, err))
         return -1;
-    slot = get_le(p, 4);
+    slot = lb_get32(p);
     if (slot >= d->n_slots || run.first % LB_RDMA_CHUNK_PAGES != 0)
         return lb_fail(err, LB_E_PROTO, "the peer asks for what is no chunk of memory");
     lb_rdma_deregister(&d->slot[slot]);
@@ -245,9 +229,9 @@ int lb_direct_rx_ask(struct lb_direct_rx *d, const struct lb_record *rec,
                             (size_t)run.count << LB_PAGE_SHIFT, true, &d->slot[slot], &e);
     if (e.code)
         lb_log_error(LB_LOG_WARN, &e);
-    put_le(answer, d->slot[slot].addr, 8);
-    put_le(answer + 8, d->slot[slot].rkey, 4);
-    put_le(answer + 12, yes, 4);
+    lb_put64(answer, d->slot[slot].addr);
+    lb_put32(answer + 8, d->slot[slot].rkey);
+    lb_put32(answer + 12, yes);
     return lb_bulk_send_direct(d->bulk, LB_REC_GRANT, 0, rec->block_id, &run, 1, answer,
                                sizeof(answer), err);
 }
@@ -267,7 +251,7 @@ int lb_direct_rx_written(struct lb_direct_rx *d, const struct lb_record *rec,
     for (uint32_t i = 0; i < rec->n_runs; i++)
         for (uint32_t k = 0; k < rec->runs[i].count; k++, n++)
             if (XXH3_64bits(page_at(blk, (uint64_t)rec->runs[i].first + k), LB_PAGE_SIZE) ==
-                get_le(sums + 8 * (size_t)n, 8))
+                lb_get64(sums + 8 * (size_t)n))
                 good[n / 64] |= UINT64_C(1) << (n % 64);
     return 0;
 }

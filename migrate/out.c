@@ -76,7 +76,7 @@ void lb_out_report(struct out *o, bool force)
         struct lb_sender_stats st;
 
         lb_sender_get_stats(o->tx.sender, &st);
-        p->sent_bytes = st.wire_bytes;
+        p->sent_bytes = st.bulk.wire_bytes;
         p->zstd_level = st.zstd_level;
         lb_rdma_registered(&p->registered_bytes, &(uint64_t){0});
         transport_name(o, &st, p->transport, sizeof(p->transport));
@@ -85,7 +85,7 @@ void lb_out_report(struct out *o, bool force)
             snprintf(p->note, sizeof(p->note), "an RDMA connection broke: goes on over TCP");
         }
         p->remaining_pages = o->round_pages > st.done_pages ? o->round_pages - st.done_pages : 0;
-        measure_rate(o, st.wire_bytes, now);
+        measure_rate(o, st.bulk.wire_bytes, now);
         if (o->sm.state == S_ROUNDS) {
             double f = o->round_pages ? (double)st.done_pages / (double)o->round_pages
                                       : p->round > 0;
@@ -394,12 +394,12 @@ static void tear_down(struct out *o)
         struct lb_sender_stats st;
 
         lb_sender_get_stats(o->tx.sender, &st);
-        o->res->wire_bytes = st.wire_bytes;
-        o->res->zero_pages = st.zero_pages;
-        o->res->raw_pages = st.raw_pages;
-        o->res->zstd_pages = st.zstd_pages;
-        o->res->copied_bytes = st.copied_bytes;
-        o->res->direct_pages = st.direct_pages;
+        o->res->wire_bytes = st.bulk.wire_bytes;
+        o->res->zero_pages = st.bulk.zero_pages;
+        o->res->raw_pages = st.bulk.raw_pages;
+        o->res->zstd_pages = st.bulk.zstd_pages;
+        o->res->copied_bytes = st.bulk.copied_bytes;
+        o->res->direct_pages = st.bulk.direct_pages;
         o->res->damaged_pages = o->tx.damaged_pages;
         o->res->replaced_connections = st.replaced;
         transport_name(o, &st, o->res->transport, sizeof(o->res->transport));

@@ -134,7 +134,7 @@ int lb_out_precopy(struct out *o, struct lb_error *err)
         o->prog.round = round;
         o->prog.dirty_pages = o->round_pages;
         lb_sender_get_stats(o->tx.sender, &st);
-        o->wire_before = st.wire_bytes;
+        o->wire_before = st.bulk.wire_bytes;
         lb_sender_round_begin(o->tx.sender, round, true);
         lb_out_report(o, false);
         lb_point(round == 0 ? "src-round-0" : "src-round-n");
@@ -144,7 +144,7 @@ int lb_out_precopy(struct out *o, struct lb_error *err)
         r->round = round;
         r->pages_skipped = st.skipped_pages;
         r->pages_sent = o->round_pages - st.skipped_pages;
-        r->wire_bytes = st.wire_bytes - o->wire_before;
+        r->wire_bytes = st.bulk.wire_bytes - o->wire_before;
         r->duration_ns = lb_now_ns() - o->t_round;
         /* Paused before it is decided: what is decided about is exactly what is left, and when
          * it is little enough the guest needs no second pause. */

@@ -186,14 +186,14 @@ static void note_way(struct lb_rx *r)
 
 int lb_rx_register(struct lb_rx *r, enum lb_vm_state state, struct lb_error *err)
 {
-    LB_AUTO_FREE char *dir = lb_vm_dir(r->env->state_dir, r->entry.name, true);
+    LB_AUTO_FREE char *qmp = lb_vm_qmp_path(r->env->state_dir, r->entry.name);
 
     if (check_fresh(r, err))
         return -1;
     note_way(r);
     r->entry.state = state;
     /* By which the receiver is found, should we die before it is known. */
-    snprintf(r->entry.qmp_path, sizeof(r->entry.qmp_path), "%s/qmp.sock", dir);
+    snprintf(r->entry.qmp_path, sizeof(r->entry.qmp_path), "%s", qmp);
     snprintf(r->entry.hypervisor, sizeof(r->entry.hypervisor), "%s", r->env->hv->name);
     snprintf(r->entry.origin, sizeof(r->entry.origin), "migrated");
     snprintf(r->entry.token, sizeof(r->entry.token), "%s", r->journal.token);

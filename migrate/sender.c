@@ -407,6 +407,7 @@ static void add_stats(struct lb_bulk_stats *sum, const struct lb_bulk_stats *b)
     sum->zstd_pages += b->zstd_pages;
     sum->zstd_in_bytes += b->zstd_in_bytes;
     sum->zstd_out_bytes += b->zstd_out_bytes;
+    sum->zstd_ns += b->zstd_ns;
     sum->blocked_ns += b->blocked_ns;
     sum->copied_bytes += b->copied_bytes;
     sum->direct_pages += b->direct_pages;
@@ -680,16 +681,7 @@ int lb_sender_round_wait(struct lb_sender *s, unsigned timeout_ms, struct lb_err
 void lb_sender_get_stats(struct lb_sender *s, struct lb_sender_stats *out)
 {
     memset(out, 0, sizeof(*out));
-    struct lb_bulk_stats b = bulk_stats(s, &out->rdma_conns);
-    out->wire_bytes = b.wire_bytes;
-    out->zero_pages = b.zero_pages;
-    out->raw_pages = b.raw_pages;
-    out->zstd_pages = b.zstd_pages;
-    out->zstd_in_bytes = b.zstd_in_bytes;
-    out->zstd_out_bytes = b.zstd_out_bytes;
-    out->copied_bytes = b.copied_bytes;
-    out->direct_pages = b.direct_pages;
-    out->n_conns = s->n_workers;
+    out->bulk = bulk_stats(s, &out->rdma_conns);
     pthread_mutex_lock(&s->mu);
     out->replaced = s->replaced;
     pthread_mutex_unlock(&s->mu);

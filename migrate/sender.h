@@ -11,16 +11,12 @@
 
 struct lb_sender;
 struct lb_sender_stats {
-    uint64_t wire_bytes;
-    uint64_t zero_pages, raw_pages, zstd_pages;
-    uint64_t zstd_in_bytes, zstd_out_bytes;
+    struct lb_bulk_stats bulk; /* of all connections that there are and were */
     uint64_t done_pages;     /* this round: sent, skipped or zero */
     uint64_t skipped_pages;  /* this round */
     int zstd_level;
-    unsigned rdma_conns;     /* of n_conns */
-    unsigned n_conns;
+    unsigned rdma_conns;     /* now */
     unsigned replaced;       /* RDMA connections that broke, and go on over TCP */
-    uint64_t copied_bytes, direct_pages; /* lb_bulk_stats */
 };
 /* Takes over the connections. dirty[i] belongs to blocks[i] and is read only between
  * round_begin and round_wait. */

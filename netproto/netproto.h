@@ -29,6 +29,36 @@
 #define LB_PREAMBLE_BYTES 24
 #define LB_CONTROL_MAX_BYTES (4u << 20)  /* one control message */
 
+/* ------------------------------------------- integers on the wire: little-endian */
+
+static inline void lb_put16(uint8_t *p, uint16_t v)
+{
+    p[0] = (uint8_t)v;
+    p[1] = (uint8_t)(v >> 8);
+}
+static inline void lb_put32(uint8_t *p, uint32_t v)
+{
+    lb_put16(p, (uint16_t)v);
+    lb_put16(p + 2, (uint16_t)(v >> 16));
+}
+static inline void lb_put64(uint8_t *p, uint64_t v)
+{
+    lb_put32(p, (uint32_t)v);
+    lb_put32(p + 4, (uint32_t)(v >> 32));
+}
+static inline uint16_t lb_get16(const uint8_t *p)
+{
+    return (uint16_t)(p[0] | p[1] << 8);
+}
+static inline uint32_t lb_get32(const uint8_t *p)
+{
+    return (uint32_t)lb_get16(p) | (uint32_t)lb_get16(p + 2) << 16;
+}
+static inline uint64_t lb_get64(const uint8_t *p)
+{
+    return (uint64_t)lb_get32(p) | (uint64_t)lb_get32(p + 4) << 32;
+}
+
 /* --------------------------------------------------------------- transport */
 
 /* A reliable byte stream. All slots mandatory. */

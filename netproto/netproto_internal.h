@@ -13,34 +13,6 @@ void lb_hmac_sha256(uint8_t out[32], const void *key, size_t key_len, const void
 void lb_hkdf_sha256(void *out, size_t len, const void *salt, size_t salt_len, const void *ikm,
                     size_t ikm_len, const void *info, size_t info_len);
 
-static inline void lb_put16(uint8_t *p, uint16_t v)
-{
-    p[0] = (uint8_t)v;
-    p[1] = (uint8_t)(v >> 8);
-}
-static inline void lb_put32(uint8_t *p, uint32_t v)
-{
-    lb_put16(p, (uint16_t)v);
-    lb_put16(p + 2, (uint16_t)(v >> 16));
-}
-static inline void lb_put64(uint8_t *p, uint64_t v)
-{
-    lb_put32(p, (uint32_t)v);
-    lb_put32(p + 4, (uint32_t)(v >> 32));
-}
-static inline uint16_t lb_get16(const uint8_t *p)
-{
-    return (uint16_t)(p[0] | p[1] << 8);
-}
-static inline uint32_t lb_get32(const uint8_t *p)
-{
-    return (uint32_t)lb_get16(p) | (uint32_t)lb_get16(p + 2) << 16;
-}
-static inline uint64_t lb_get64(const uint8_t *p)
-{
-    return (uint64_t)lb_get32(p) | (uint64_t)lb_get32(p + 4) << 32;
-}
-
 /* ------------------------------------------------------------- transport */
 
 /* The wait of every call on a tcp transport also ends with LB_E_CANCELLED when fd is readable;

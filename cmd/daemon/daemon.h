@@ -238,6 +238,10 @@ void lb_protect_end_for_now(struct daemon *d, const char *vm);
 void lb_protect_next(struct daemon *d, const char *vm, const char *prefer, const char *lost);
 
 /* ---- rehome.c. A protected VM changes host, or its backup; the wish outlives every step. */
+/* s, the session of a VM or NULL, protects it by that host, which has all of it: it could take over. */
+bool lb_protect_backed_by(const struct session *s, const char *host);
+/* That host is asked to take the VM over: session "ask". */
+struct session *lb_protect_swap(struct daemon *d, const char *vm, const char *host, struct lb_error *err);
 /* The protection ends, then the migration has begun: `out` is its session (role "out"; "ask" when the host is
  * its backup). Or e says why not. Called once,
  * perhaps before lb_protect_move returns. */

@@ -115,7 +115,6 @@ static void begin_protected_copy(struct daemon *d, const struct lb_evac_item *it
 static struct session *begin_ask(struct daemon *d, const struct lb_evac_item *it, struct lb_error *err)
 {
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
-    Lb__RpcName failover = LB__RPC_NAME__INIT;
     Lb__RpcProtect protect = LB__RPC_PROTECT__INIT;
     Lb__RpcMigrate migrate = LB__RPC_MIGRATE__INIT;
     Lb__MigrateOptions opts = LB__MIGRATE_OPTIONS__INIT;
@@ -123,10 +122,7 @@ static struct session *begin_ask(struct daemon *d, const struct lb_evac_item *it
 
     switch (it->kind) {
     case LB_EVAC_SWAP:
-        failover.name = (char *)it->vm;
-        r.kind_case = LB__RPC_REQUEST__KIND_FAILOVER;
-        r.failover = &failover;
-        return lb_session_spawn_for(d, "ask", it->vm, it->to, &r, err);
+        return lb_protect_swap(d, it->vm, it->to, err);
     case LB_EVAC_BACKUP:
         protect.name = (char *)it->vm;
         protect.backups = backups;
@@ -330,7 +326,7 @@ static bool may_begin(struct daemon *d, struct lb_evac_item *it)
 /* Backups come and go after the plan was made: to the host where it is complete now, the VM swaps; to any other it is copied. */
 static void fit_kind(struct lb_evac_item *it, const struct session *s)
 {
-    bool swaps = is(s, "protect") && s->protected_ns && !strcmp(s->peer, it->to);
+    bool swaps = lb_protect_backed_by(s, it->to);
 
     if (it->kind == LB_EVAC_COPY || it->kind == LB_EVAC_SWAP)
         it->kind = swaps ? LB_EVAC_SWAP : LB_EVAC_COPY;

@@ -73,7 +73,7 @@ static int reserve(struct daemon *d, const char *name, pid_t adopted, struct lb_
 
     if (lock < 0)
         return -1;
-    LB_AUTO_FREE char *qmp = lb_asprintf("%s/vms/%s/qmp.sock", d->opt.state_dir, name);
+    LB_AUTO_FREE char *qmp = lb_vm_qmp_path(d->opt.state_dir, name);
     if (lb_vm_entry_load(d->opt.state_dir, name, &e, &why)) {
         LB_AUTO_FD int other = -1;
 
@@ -178,7 +178,7 @@ static char *op_run(struct daemon *d, const Lb__RpcRun *r, struct lb_error *err)
 {
     struct lb_vm_entry e = {.hypervisor = "qemu", .origin = "run", .state = LB_VM_RUNNING};
     LB_AUTO_FREE char *dir = lb_vm_dir(d->opt.state_dir, r->name, false);
-    LB_AUTO_FREE char *qmp = lb_asprintf("%s/qmp.sock", dir);
+    LB_AUTO_FREE char *qmp = lb_vm_qmp_path(d->opt.state_dir, r->name);
     LB_AUTO_FREE char *log = lb_asprintf("%s/qemu.log", dir);
     json_t *warnings;
     char *json = NULL;

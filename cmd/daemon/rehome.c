@@ -287,18 +287,28 @@ static int not_twice(struct daemon *d, const char *vm, struct lb_error *err)
     return lb_remedy(err, "wait; `lifeboat status %s` shows how far it is", vm);
 }
 
-/* The VM is to go where its backup is: that is asked to take it over, and nothing is copied. */
-static void swap(struct daemon *d, const Lb__RpcMigrate *m, lb_moved_fn *done)
+bool lb_protect_backed_by(const struct session *s, const char *host)
+{
+    return is(s, "protect") && s->protected_ns && !strcmp(s->peer, host);
+}
+
+struct session *lb_protect_swap(struct daemon *d, const char *vm, const char *host, struct lb_error *err)
 {
     Lb__RpcRequest r = LB__RPC_REQUEST__INIT;
     Lb__RpcName name = LB__RPC_NAME__INIT;
-    struct lb_error err = LB_ERROR_INIT;
-    struct session *s;
 
-    name.name = m->name;
+    name.name = (char *)vm;
     r.kind_case = LB__RPC_REQUEST__KIND_FAILOVER;
     r.failover = &name;
-    s = lb_session_spawn_for(d, "ask", m->name, m->host, &r, &err);
+    return lb_session_spawn_for(d, "ask", vm, host, &r, err);
+}
+
+/* The VM is to go where its backup is: nothing is copied. */
+static void swap(struct daemon *d, const Lb__RpcMigrate *m, lb_moved_fn *done)
+{
+    struct lb_error err = LB_ERROR_INIT;
+    struct session *s = lb_protect_swap(d, m->name, m->host, &err);
+
     done(d, m->name, s, s ? NULL : &err);
 }
 
@@ -313,7 +323,7 @@ void lb_protect_move(struct daemon *d, const Lb__RpcMigrate *m, lb_moved_fn *don
         done(d, m->name, NULL, &err);
         return;
     }
-    if (is(s, "protect") && s->protected_ns && !strcmp(s->peer, m->host)) {
+    if (lb_protect_backed_by(s, m->host)) {
         swap(d, m, done);
         return;
     }
@@ -370,7 +380,7 @@ void lb_op_move(struct daemon *d, struct client *c, const Lb__RpcMigrate *m)
     const struct session *s = lb_session_of_vm(d, m->name);
 
     if (m->options && m->options->dry_run) {
-        if (is(s, "protect") && s->protected_ns && !strcmp(s->peer, m->host))
+        if (lb_protect_backed_by(s, m->host))
             ready_there(c, m);
         else
             dry_run(d, c, m);

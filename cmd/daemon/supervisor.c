@@ -158,7 +158,7 @@ static void prune_vms(struct daemon *d)
     while (dir && (e = readdir(dir))) {
         LB_AUTO_FREE char *path = lb_asprintf("%s/%s", vms, e->d_name);
         LB_AUTO_FREE char *entry = lb_asprintf("%s/vm.json", path);
-        LB_AUTO_FREE char *qmp = lb_asprintf("%s/qmp.sock", path);
+        LB_AUTO_FREE char *qmp = lb_vm_qmp_path(d->opt.state_dir, e->d_name);
 
         if (!strncmp(e->d_name, ".gone.", 6)) {
             lb_remove_tree(path, NULL);

@@ -17,6 +17,7 @@
  * in run_dir is removed.
  */
 #include "core/qemu/qemu_internal.h"
+#include "core/registry.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -33,7 +34,6 @@
 #include <sys/wait.h>
 
 #define START_MS 20000
-#define QMP_SOCK "qmp.sock"
 
 /* ------------------------------------------------------------- path mapping */
 
@@ -558,7 +558,7 @@ static void add_machine(struct derive *d)
 
 static void add_ours(struct derive *d)
 {
-    LB_AUTO_FREE char *sock = lb_asprintf("%s/%s", d->opts->run_dir, QMP_SOCK);
+    LB_AUTO_FREE char *sock = lb_asprintf("%s/%s", d->opts->run_dir, LB_VM_QMP_SOCK);
     LB_AUTO_FREE char *chardev = lb_qemu_prop_set("socket,id=lb-qmp,server=on,wait=off", "path", sock);
     if (d->nographic && !d->has_serial && !d->nodefaults) {
         LB_AUTO_FREE char *log = log_file(d, "serial");
@@ -747,7 +747,7 @@ void lb_qemu_add_log(const char *run_dir, struct lb_error *err)
 
 void lb_qemu_remove_run_files(const char *run_dir)
 {
-    static const char *const files[] = {QMP_SOCK, "qemu.log", "throttle", LB_QEMU_LAZY_FILE};
+    static const char *const files[] = {LB_VM_QMP_SOCK, "qemu.log", "throttle", LB_QEMU_LAZY_FILE};
     for (unsigned i = 0; i < LB_ARRAY_LEN(files); i++) {
         LB_AUTO_FREE char *path = lb_asprintf("%s/%s", run_dir, files[i]);
         unlink(path);
@@ -815,7 +815,7 @@ int lb_qemu_launch(const struct lb_vm_desc *desc, const struct lb_launch_opts *o
         goto out;
     vm = lb_qemu_vm_new(opts->name);
     vm->run_dir = lb_strdup(opts->run_dir);
-    vm->qmp_path = lb_asprintf("%s/%s", opts->run_dir, QMP_SOCK);
+    vm->qmp_path = lb_asprintf("%s/%s", opts->run_dir, LB_VM_QMP_SOCK);
     unlink(vm->qmp_path);
     c.log_fd = open(log, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0600);
     c.null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);

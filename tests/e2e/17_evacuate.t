@@ -61,6 +61,14 @@ class Scene:
             return last.get("done", 0) >= done and last.get("active", 0) > 0
         wait_for(reached, timeout_s, "the middle of an evacuation", 0.01)
 
+    def under_way(self):
+        """A full host, slow links, and the middle of its evacuation."""
+        self.fill()
+        self.port.shape(SLOW_MBIT)
+        run = self.evacuate()
+        self.middle(run)
+        return run
+
     def finished(self, what, *options, places="bc"):
         """Test lines: `lifeboat evacuate` (again) ends well, A is empty, every VM runs exactly once and is clean."""
         run = self.evacuate(*options)
@@ -169,10 +177,7 @@ def part_there_and_back(scene):
 
 
 def part_daemon_dies(scene):
-    scene.fill()
-    scene.port.shape(SLOW_MBIT)
-    run = scene.evacuate()
-    scene.middle(run)
+    run = scene.under_way()
     scene.port.da.restart()
     code, last = run.wait()
     scene.t.ok(code == 0 and last.get("ok"), "kill -9 of A's daemon: the next one goes on, the command finds it again",
@@ -181,10 +186,7 @@ def part_daemon_dies(scene):
 
 
 def part_session_dies(scene):
-    scene.fill()
-    scene.port.shape(SLOW_MBIT)
-    run = scene.evacuate()
-    scene.middle(run)
+    run = scene.under_way()
     busy = scene.port.da.sessions("out")
     scene.t.ok(busy, "there are sessions to kill")
     os.kill(busy[0], signal.SIGKILL)
@@ -197,10 +199,7 @@ def part_session_dies(scene):
 def part_destination_dies(scene):
     """All of Lifeboat on B; its VMs run on, as they would when it is updated."""
     port = scene.port
-    scene.fill()
-    port.shape(SLOW_MBIT)
-    run = scene.evacuate()
-    scene.middle(run)
+    run = scene.under_way()
     for pid in port.db.session_pids():
         os.kill(pid, signal.SIGKILL)
     port.db.kill()
@@ -211,10 +210,7 @@ def part_destination_dies(scene):
 
 def part_link_down(scene):
     port = scene.port
-    scene.fill()
-    port.shape(SLOW_MBIT)
-    run = scene.evacuate()
-    scene.middle(run)
+    run = scene.under_way()
     port.b.partition()
     code, last = run.wait(240)
     scene.t.ok(code == 0 and last.get("ok"), "the link of a destination goes down: the rest goes elsewhere",
@@ -226,10 +222,7 @@ def part_link_down(scene):
 def part_destination_full(scene):
     """B promises nothing any more: what was to go there goes to C."""
     port = scene.port
-    scene.fill()
-    port.shape(SLOW_MBIT)
-    run = scene.evacuate()
-    scene.middle(run)
+    run = scene.under_way()
     config = port.db.config_text
     port.db.write_config(config + "memory-reserve = 1024G\n")
     port.db.restart()

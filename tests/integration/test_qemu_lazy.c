@@ -308,15 +308,22 @@ static void fill(struct server *v, bool populated_only, double until)
     }
 }
 
-static uint64_t n_missing(struct lb_hv_vm *vm)
+typedef int ask_fn(struct lb_hv_vm *vm, const struct lb_ram_block *blk, struct lb_bitmap *pages, struct lb_error *err);
+
+static uint64_t count_of(struct lb_hv_vm *vm, ask_fn *ask)
 {
     struct lb_bitmap m;
     const struct lb_ram_block *b = main_block(vm);
     OK(lb_bitmap_init(&m, b->size_bytes / LB_PAGE_SIZE, err));
-    OK(lb_hv_lazy_missing(vm, b, &m, err));
+    OK(ask(vm, b, &m, err));
     uint64_t n = lb_bitmap_count(&m);
     lb_bitmap_free(&m);
     return n;
+}
+
+static uint64_t n_missing(struct lb_hv_vm *vm)
+{
+    return count_of(vm, lb_hv_lazy_missing);
 }
 
 /* Logged, copied, stopped as any other VM. */
@@ -479,13 +486,7 @@ static void test_lazy_qemu10(void **state)
 
 static uint64_t n_touched(struct lb_hv_vm *vm)
 {
-    struct lb_bitmap t;
-    const struct lb_ram_block *b = main_block(vm);
-    OK(lb_bitmap_init(&t, b->size_bytes / LB_PAGE_SIZE, err));
-    OK(lb_hv_lazy_touched(vm, b, &t, err));
-    uint64_t n = lb_bitmap_count(&t);
-    lb_bitmap_free(&t);
-    return n;
+    return count_of(vm, lb_hv_lazy_touched);
 }
 
 /* Nobody waits for what was offered, and only what the guest went to counts as touched. */
